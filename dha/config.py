@@ -1,0 +1,91 @@
+"""What a DHA student is made of, as validated plain values that travel in its file."""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+
+LEVELS = 4
+MODES = ("hybrid", "official")
+DELTAS = ("q", "k", "v", "out")
+
+
+class ConfigError(ValueError):
+    """A configuration value is missing, unknown or out of range; the message names it."""
+
+
+@dataclass(frozen=True)
+class DHAConfig:
+    """One student: where self-attention is replaced and by how much.
+
+    `levels` are UNet resolutions, 0 the finest. `token_budget` is the number of keys as a share of a level's tokens,
+    at most `max_tokens` of them; `coarse_share` of the keys form the strided grid, the router picks the others.
+    `memory` learned tokens, low-rank `deltas` of `rank` and a router `router_width` wide are the trained parts; 0 leaves
+    one out. `weighted` lets a grid token count for all the tokens it stands for. `sparsity` belongs to mode `official`.
+    """
+
+    mode: str = "hybrid"
+    levels: tuple[int, ...] = (0,)
+    token_budget: float = 0.125
+    max_tokens: int = 4096
+    coarse_share: float = 0.5
+    weighted: bool = True
+    memory: int = 0
+    rank: int = 0
+    deltas: tuple[str, ...] = DELTAS
+    router_width: int = 0
+    sparsity: float = 0.5
+
+    def __post_init__(self):
+        for name in ("levels", "deltas"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        require(self.mode in MODES, "mode", self.mode, f"one of {MODES}")
+        require(
+            bool(self.levels)
+            and all(isinstance(v, int) and 0 <= v < LEVELS for v in self.levels)
+            and len(set(self.levels)) == len(self.levels),
+            "levels",
+            self.levels,
+            f"different whole numbers from 0 (finest) to {LEVELS - 1}",
+        )
+        for name in ("token_budget", "sparsity"):
+            require(is_number(getattr(self, name)) and 0 < getattr(self, name) <= 1, name, getattr(self, name), "in (0, 1]")
+        share = self.coarse_share
+        require(is_number(share) and 0 <= share <= 1, "coarse_share", share, "in [0, 1]")
+        for name in ("memory", "rank", "router_width"):
+            value = getattr(self, name)
+            require(type(value) is int and 0 <= value <= 4096, name, value, "a whole number from 0 to 4096")
+        require(type(self.max_tokens) is int and self.max_tokens >= 1, "max_tokens", self.max_tokens, "a whole number >= 1")
+        require(type(self.weighted) is bool, "weighted", self.weighted, "true or false")
+        require(set(self.deltas) <= set(DELTAS), "deltas", self.deltas, f"a selection of {DELTAS}")
+
+    def to_json(self) -> str:
+        """The configuration as one line of JSON with sorted keys."""
+        return json.dumps(dataclasses.asdict(self), sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> "DHAConfig":
+        """Read `to_json`'s form back; raises ConfigError for anything else."""
+        try:
+            values = json.loads(text)
+        except ValueError as error:
+            raise ConfigError(f"the DHA configuration is not JSON: {error}") from error
+        if not isinstance(values, dict):
+            raise ConfigError(f"the DHA configuration is {type(values).__name__}, expected an object")
+        known = {field.name for field in dataclasses.fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise ConfigError(f"unknown DHA setting(s) {unknown}; known are {sorted(known)}")
+        try:
+            return cls(**values)
+        except TypeError as error:
+            raise ConfigError(f"a DHA setting has the wrong type: {error}") from error
+
+
+def require(holds: bool, name: str, found: object, expected: str) -> None:
+    """Raise ConfigError unless the condition holds."""
+    if not holds:
+        raise ConfigError(f"DHA setting {name!r} is {found!r}, expected {expected}")
+
+
+def is_number(value: object) -> bool:
+    """Whether a value is an int or float, bool excluded."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -1,0 +1,108 @@
+"""The hybrid context: queries stay whole, keys and values shrink to grid, chosen and memory tokens."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .config import DHAConfig
+from .routing import ContextPlan, Router, coarse_indices, rest_weights
+
+
+class LowRank(nn.Module):
+    """A trained correction x -> up(down(x)) of rank r that starts as zero."""
+
+    def __init__(self, channels: int, rank: int, operations=nn):
+        super().__init__()
+        self.down = operations.Linear(channels, rank, bias=False)
+        self.up = operations.Linear(rank, channels, bias=False)
+
+    def start(self) -> None:
+        nn.init.normal_(self.down.weight, std=self.down.weight.shape[1] ** -0.5)
+        nn.init.zeros_(self.up.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.up(self.down(x))
+
+
+class Memory(nn.Module):
+    """M learned tokens of a layer, in token space before to_k and to_v, each with a learned log-weight."""
+
+    def __init__(self, channels: int, count: int):
+        super().__init__()
+        self.tokens = nn.Parameter(torch.empty(count, channels))
+        self.log_weight = nn.Parameter(torch.empty(count))
+
+    def start(self) -> None:
+        """Unit-variance tokens of negligible weight: the student begins as its training-free self."""
+        nn.init.normal_(self.tokens)
+        nn.init.constant_(self.log_weight, -2.0)
+
+
+class Context(NamedTuple):
+    """Keys before projection (B, m, C) and what each adds to its attention logits (B or 1, m), None where that is zero."""
+
+    tokens: Tensor
+    log_weights: Tensor | None
+
+
+class HybridSite(nn.Module):
+    """The trained parts of one self-attention; any of them may be absent, all of them in the training-free student."""
+
+    def __init__(self, channels: int, embedding: int, config: DHAConfig, operations=nn):
+        super().__init__()
+        self.weighted = config.weighted
+        self.router = Router(embedding, channels, config.router_width, operations) if config.router_width else None
+        self.memory = Memory(channels, config.memory) if config.memory else None
+        names = config.deltas if config.rank else ()
+        self.deltas = nn.ModuleDict({name: LowRank(channels, config.rank, operations) for name in names})
+
+    def start(self) -> None:
+        """Initialise so that the output equals the training-free student's, up to the router's choice of tokens."""
+        for part in (self.memory, *self.deltas.values()):
+            if part is not None:
+                part.start()
+        if self.router is not None:
+            for layer in (self.router.enter, self.router.leave):
+                nn.init.normal_(layer.weight, std=layer.weight.shape[1] ** -0.5)
+                nn.init.zeros_(layer.bias)
+
+    def correct(self, name: str, x: Tensor) -> Tensor:
+        """x plus its low-rank correction for q, k, v or out; x itself where there is none."""
+        return x + self.deltas[name](x) if name in self.deltas else x
+
+    def build_context(self, x: Tensor, emb: Tensor, plan: ContextPlan) -> Context:
+        """Keys for tokens x (B, N, C) of a `plan.height` x `plan.width` picture at time embedding emb (B, E)."""
+        parts, weights = [], []
+        chosen = scores = None
+        if plan.chosen:
+            scores = self.router(x, emb)
+            chosen = scores.topk(plan.chosen, dim=1, sorted=False).indices
+            parts.append(x.gather(1, chosen[..., None].expand(-1, -1, x.shape[-1])))
+            weights.append(straight_through(scores.gather(1, chosen)))
+        if plan.coarse:
+            parts.append(x.index_select(1, coarse_indices(plan, x.device)))
+            if self.weighted:
+                weights.append(rest_weights(plan, chosen, x.device).log().to(x.dtype))
+            else:
+                weights.append(x.new_zeros(1, plan.coarse))
+        if self.memory is not None:
+            parts.append(self.memory.tokens.to(x).expand(len(x), -1, -1))
+            weights.append(self.memory.log_weight.to(x)[None])
+        tokens = torch.cat(parts, dim=1)
+        if self.is_uniform(plan):
+            return Context(tokens, None)
+        return Context(tokens, torch.cat([w.expand(len(x), -1) for w in weights], dim=1))
+
+    def is_uniform(self, plan: ContextPlan) -> bool:
+        """Whether all keys weigh the same, so that softmax needs no bias: one kind of key, and cells of one size."""
+        if self.memory is not None:
+            return False
+        if plan.chosen:  # while training, the scores' gradient flows through the bias
+            return not (torch.is_grad_enabled() or (plan.coarse and self.weighted))
+        return not self.weighted or (plan.height % plan.stride == 0 and plan.width % plan.stride == 0)
+
+
+def straight_through(scores: Tensor) -> Tensor:
+    """Zero in value, the scores in gradient: a token that deserves more attention than it gets raises its score."""
+    return scores - scores.detach()

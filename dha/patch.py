@@ -1,0 +1,115 @@
+"""A student as plain callables of ComfyUI's UNet patch protocol; no host is imported, the trainer uses the same ones."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .hybrid import HybridSite
+from .official import OfficialSite
+from .routing import ContextPlan
+from .sites import SITES
+from .student import Student
+
+EMBEDDING = "dha_embedding"  # key in transformer_options under which the time embedding travels to the blocks
+STATE = "dha_state"  # key in a block's extra_options under which our patches of one call talk to each other
+
+
+class Patches(NamedTuple):
+    """The four places where a student enters a UNet; `replace` is to be set at every block of `blocks`."""
+
+    emb: Callable
+    attn1: Callable
+    replace: Callable
+    output: Callable
+    blocks: list[tuple[str, int]]
+
+    def as_options(self) -> dict[str, Any]:
+        """`transformer_options` for a bare UNet, without a model patcher."""
+        patches = {"emb_patch": [self.emb], "attn1_patch": [self.attn1], "attn1_output_patch": [self.output]}
+        return {"patches": patches, "patches_replace": {"attn1": {block: self.replace for block in self.blocks}}}
+
+
+class Call(NamedTuple):
+    """What one attention call needs to remember between its patches."""
+
+    site: HybridSite | OfficialSite
+    log_weights: Tensor | None = None
+    output: Tensor | None = None
+
+
+def make_patches(
+    student: Student,
+    attend: Callable,
+    token_budget: float | None = None,
+    levels: tuple[int, ...] | None = None,
+    is_active: Callable[[dict], bool] = lambda options: True,
+) -> Patches:
+    """Callables that run `student` inside a UNet.
+
+    `attend(q, k, v, options, mask)` is the host's attention over (B, N, C), mask (B, 1, 1, m) added to logits or None.
+    `token_budget` and `levels` override the student's own; `is_active(options)` switches it by timestep.
+    """
+    chosen = student.config.levels if levels is None else levels
+    sites = {site.block: site for site in SITES if site.level in chosen and site.level in student.config.levels}
+
+    def emb_patch(emb: Tensor, _channels: int, options: dict) -> Tensor:
+        options[EMBEDDING] = emb
+        return emb
+
+    def attn1_patch(n: Tensor, context: Tensor, value: Tensor, options: dict):
+        site, emb = sites.get(options.get("block")), options.get(EMBEDDING)
+        options.pop(STATE, None)
+        if site is None or emb is None or not is_whole(context, emb, options) or not is_active(options):
+            return n, context, value
+        module = student.site(site)
+        if isinstance(module, OfficialSite):
+            if n.shape == context.shape:
+                options[STATE] = Call(module, output=module(n, emb))
+                return n, context[:, :1], value[:, :1]
+            return n, context, value
+        plan = student.plan(*options["activations_shape"][-2:], token_budget)
+        if plan.coarse + plan.chosen >= plan.tokens:
+            return n, context, value
+        keys, log_weights = module.build_context(context, emb, plan)
+        options[STATE] = Call(module, log_weights)
+        return module.correct("q", n), module.correct("k", keys), module.correct("v", keys)
+
+    def attn1_replace(q: Tensor, k: Tensor, v: Tensor, options: dict) -> Tensor:
+        call = options.get(STATE)
+        if call is not None and call.output is not None:
+            return q
+        mask = None if call is None or call.log_weights is None else call.log_weights
+        if call is not None and q.shape[0] != k.shape[0]:  # a later patch tiled the queries: every tile sees all keys
+            tiles = q.shape[0] // k.shape[0]
+            k, v = k.repeat_interleave(tiles, 0), v.repeat_interleave(tiles, 0)
+            mask = mask if mask is None or len(mask) == 1 else mask.repeat_interleave(tiles, 0)
+        return attend(q, k, v, options, None if mask is None else mask[:, None, None].to(q.dtype))
+
+    def output_patch(out: Tensor, options: dict) -> Tensor:
+        call = options.get(STATE)
+        if call is None:
+            return out
+        if call.output is not None:
+            return call.output
+        return call.site.correct("out", out)
+
+    return Patches(emb_patch, attn1_patch, attn1_replace, output_patch, list(sites))
+
+
+def is_whole(context: Tensor, emb: Tensor, options: dict) -> bool:
+    """Whether the context still is one picture per time embedding: (B, H*W, C), not tiled or merged by another patch."""
+    shape = options.get("activations_shape")
+    return shape is not None and context.shape[0] == emb.shape[0] and context.shape[1] == shape[-2] * shape[-1]
+
+
+def count_keys(plan: ContextPlan, student: Student) -> int:
+    """Keys that a query of this level attends to, memory included."""
+    return plan.coarse + plan.chosen + student.config.memory
+
+
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, options: dict, mask: Tensor | None) -> Tensor:
+    """`attend` for a bare UNet: PyTorch's fused attention over (B, N, C)."""
+    q, k, v = (t.unflatten(-1, (options["n_heads"], -1)).transpose(1, 2) for t in (q, k, v))
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)

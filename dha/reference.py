@@ -1,0 +1,64 @@
+"""The slow oracle: hybrid attention written token by token from its definition, for tests of the fast path."""
+
+import torch
+from torch import Tensor
+
+from .hybrid import HybridSite
+from .routing import ContextPlan
+
+
+def attend_hybrid(site: HybridSite, attention, x: Tensor, emb: Tensor, plan: ContextPlan, heads: int) -> Tensor:
+    """Hybrid self-attention of x (B, N, C) with the layer's own to_q, to_k, to_v, to_out; returns (B, N, C)."""
+    return torch.stack([attend_one(site, attention, x[b], emb[b], plan, heads) for b in range(len(x))])
+
+
+def attend_one(site: HybridSite, attention, x: Tensor, emb: Tensor, plan: ContextPlan, heads: int) -> Tensor:
+    """One sample x (N, C): softmax over chosen, grid and memory keys, each key weighed by the tokens it stands for."""
+    keys, log_weights = list_keys(site, x, emb, plan)
+    q = attention.to_q(site.correct("q", x)).unflatten(-1, (heads, -1))
+    k = attention.to_k(site.correct("k", keys)).unflatten(-1, (heads, -1))
+    v = attention.to_v(site.correct("v", keys)).unflatten(-1, (heads, -1))
+    rows = []
+    for n in range(len(x)):
+        outputs = []
+        for h in range(heads):
+            logits = k[:, h] @ q[n, h] / q.shape[-1] ** 0.5 + log_weights
+            mass = (logits - logits.max().detach()).exp()
+            outputs.append((mass[:, None] * v[:, h]).sum(0) / mass.sum())
+        rows.append(torch.cat(outputs))
+    return site.correct("out", attention.to_out(torch.stack(rows)))
+
+
+def list_keys(site: HybridSite, x: Tensor, emb: Tensor, plan: ContextPlan) -> tuple[Tensor, Tensor]:
+    """Keys (m, C) and log-weights (m,) in any order: attention does not depend on it."""
+    chosen: list[int] = []
+    keys, weights = [], []
+    if plan.chosen:
+        scores = score_tokens(site, x, emb)
+        chosen = sorted(range(len(x)), key=lambda n: -scores[n].item())[: plan.chosen]
+        keys += [x[n] for n in chosen]
+        weights += [scores[n] - scores[n].detach() for n in chosen]
+    for top in range(0, plan.height if plan.stride else 0, plan.stride or 1):
+        for left in range(0, plan.width, plan.stride):
+            members = [
+                row * plan.width + column
+                for row in range(top, min(top + plan.stride, plan.height))
+                for column in range(left, min(left + plan.stride, plan.width))
+            ]
+            row, column = (min(a + plan.stride // 2, s - 1) for a, s in ((top, plan.height), (left, plan.width)))
+            count = sum(n not in chosen for n in members) if site.weighted else 1
+            if count:
+                keys.append(x[row * plan.width + column])
+                weights.append(x.new_tensor(float(count)).log())
+    if site.memory is not None:
+        keys += list(site.memory.tokens)
+        weights += list(site.memory.log_weight)
+    return torch.stack(keys), torch.stack(weights)
+
+
+def score_tokens(site: HybridSite, x: Tensor, emb: Tensor) -> Tensor:
+    """Router scores (N,): r_n = <x_n, LN(g(t))> / sqrt(C)."""
+    router = site.router
+    gate = router.leave(torch.nn.functional.silu(router.enter(emb)))
+    gate = (gate - gate.mean()) / (gate.var(unbiased=False) + 1e-5).sqrt()
+    return x @ gate / len(gate) ** 0.5

@@ -1,0 +1,90 @@
+"""Which tokens become keys: a coarse grid of real tokens plus those that the router scores highest."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class ContextPlan:
+    """Keys of one level: a grid with one token per `stride` x `stride` cell of `height` x `width`, and `chosen` others."""
+
+    height: int
+    width: int
+    stride: int
+    chosen: int
+
+    @property
+    def tokens(self) -> int:
+        return self.height * self.width
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Cells down and across; 0 cells without a grid (stride 0)."""
+        if not self.stride:
+            return 0, 0
+        return math.ceil(self.height / self.stride), math.ceil(self.width / self.stride)
+
+    @property
+    def coarse(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+
+def plan_context(height: int, width: int, budget: float, coarse_share: float, max_tokens: int, routed: bool) -> ContextPlan:
+    """Spend a key budget: the finest grid within its share, the rest of the keys go to the router.
+
+    `budget` is a share of the tokens, capped at `max_tokens` keys. Without a router (`routed` false) the grid gets all.
+    """
+    tokens = height * width
+    keys = max(1, min(round(budget * tokens), max_tokens, tokens))
+    allowance = keys * coarse_share if routed else keys
+    if allowance < 1:
+        return ContextPlan(height, width, 0, keys)
+    stride = 1
+    while math.ceil(height / stride) * math.ceil(width / stride) > allowance:
+        stride += 1
+    coarse = math.ceil(height / stride) * math.ceil(width / stride)
+    return ContextPlan(height, width, stride, keys - coarse if routed else 0)
+
+
+def coarse_indices(plan: ContextPlan, device: torch.device) -> Tensor:
+    """Token numbers (coarse,) of the grid: the middle of each cell, clipped to the picture."""
+    rows, columns = (
+        (torch.arange(cells, device=device) * plan.stride + plan.stride // 2).clamp(max=size - 1)
+        for cells, size in zip(plan.grid, (plan.height, plan.width), strict=True)
+    )
+    return (rows[:, None] * plan.width + columns).flatten()
+
+
+def cell_of_token(plan: ContextPlan, device: torch.device) -> Tensor:
+    """Number of the grid cell (N,) that each token lies in."""
+    rows, columns = (torch.arange(size, device=device) // plan.stride for size in (plan.height, plan.width))
+    return (rows[:, None] * plan.grid[1] + columns).flatten()
+
+
+def rest_weights(plan: ContextPlan, chosen: Tensor | None, device: torch.device) -> Tensor:
+    """How many tokens each grid token stands for, (B or 1, coarse): those of its cell that were not chosen themselves."""
+    cells = cell_of_token(plan, device)
+    counts = torch.bincount(cells, minlength=plan.coarse).float()[None]
+    if chosen is None or not plan.chosen:
+        return counts
+    taken = torch.zeros(len(chosen), plan.coarse, device=device)
+    return counts - taken.scatter_add_(1, cells[chosen], torch.ones_like(chosen, dtype=taken.dtype))
+
+
+class Router(nn.Module):
+    """Token scores that follow content and timestep: r_n = <x_n, LN(g(t))> / sqrt(C), g a two-layer perceptron."""
+
+    def __init__(self, embedding: int, channels: int, width: int, operations=nn):
+        super().__init__()
+        self.enter = operations.Linear(embedding, width)
+        self.leave = operations.Linear(width, channels)
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        """Scores (B, N) of tokens x (B, N, C) at time embedding emb (B, E)."""
+        gate = self.leave(F.silu(self.enter(emb)))
+        gate = F.layer_norm(gate.float(), gate.shape[-1:]).to(x.dtype)
+        return torch.einsum("bnc,bc->bn", x, gate) * x.shape[-1] ** -0.5

@@ -1,0 +1,65 @@
+"""A DHA student: the trained parts of every replaced self-attention, by site name."""
+
+from torch import Tensor, nn
+
+from .config import DHAConfig
+from .hybrid import HybridSite
+from .official import OfficialSite
+from .routing import ContextPlan, plan_context
+from .sites import SITES, Architecture, Site
+
+
+class Student(nn.Module):
+    """All sites of a configuration for one architecture; without trained parts it is the training-free student.
+
+    `operations` supplies Linear and LayerNorm: torch.nn for training, ComfyUI's casting layers in the host.
+    `head_width` is needed by mode `official` alone, which brings its own projections.
+    """
+
+    def __init__(self, config: DHAConfig, architecture: Architecture, operations=nn, head_width: int = 64):
+        super().__init__()
+        self.config, self.architecture = config, architecture
+        self.sites = nn.ModuleDict()
+        for site in self.list_sites():
+            channels = architecture.channels[site.name]
+            if config.mode == "official":
+                module = OfficialSite(
+                    channels, architecture.embedding, channels // head_width, config.sparsity, operations=operations
+                )
+            else:
+                module = HybridSite(channels, architecture.embedding, config, operations)
+            self.sites[module_key(site)] = module
+
+    def list_sites(self) -> list[Site]:
+        """The sites whose attention this student replaces."""
+        return [site for site in SITES if site.level in self.config.levels]
+
+    def site(self, site: Site) -> HybridSite | OfficialSite:
+        return self.sites[module_key(site)]
+
+    def start(self) -> "Student":
+        """Fresh weights that leave the training-free student's output nearly unchanged; returns itself."""
+        for module in self.sites.values():
+            module.start()
+        return self
+
+    def plan(self, height: int, width: int, token_budget: float | None = None) -> ContextPlan:
+        """How the keys of a height x width level are spent, at the configured or another budget."""
+        config = self.config
+        budget = config.token_budget if token_budget is None else token_budget
+        routed = bool(config.router_width)
+        return plan_context(height, width, budget, config.coarse_share, config.max_tokens, routed)
+
+    def named_weights(self) -> dict[str, Tensor]:
+        """Tensors by site and part, as in the file: `output_blocks.9.1.transformer_blocks.0.attn1.router.enter.weight`."""
+        names = {module_key(site): site.name for site in self.list_sites()}
+        weights = {}
+        for name, tensor in self.sites.state_dict().items():
+            key, _, part = name.partition(".")
+            weights[f"{names[key]}.{part}"] = tensor
+        return weights
+
+
+def module_key(site: Site) -> str:
+    """A site's name in a ModuleDict, where dots are not allowed: `output_9`."""
+    return f"{site.block[0]}_{site.block[1]}"

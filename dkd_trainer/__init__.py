@@ -1,0 +1,1 @@
+"""Decoupled knowledge distillation of Dynamic Hybrid Attention students."""

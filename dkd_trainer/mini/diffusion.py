@@ -1,0 +1,37 @@
+"""SD-2.1's noise schedule, its training target and a plain Euler sampler."""
+
+import torch
+import torch.nn.functional as F
+
+
+def alphas_cumprod() -> torch.Tensor:
+    """Signal power per timestep (1000,), SD's scaled-linear schedule."""
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    return (1 - betas).cumprod(0).float()
+
+
+def add_noise(latents: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    """x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) e, all (B, 4, h, w); t (B,) integers."""
+    a = alphas_cumprod()[t].view(-1, 1, 1, 1)
+    return a.sqrt() * latents + (1 - a).sqrt() * noise
+
+
+def noise_loss(prediction: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, gamma: float = 5.0) -> torch.Tensor:
+    """Noise MSE with min-SNR weights (arXiv 2303.09556): nearly clean pictures count less."""
+    a = alphas_cumprod()[t]
+    weight = (gamma * (1 - a) / a).clamp(max=1.0)
+    return (weight * F.mse_loss(prediction, noise, reduction="none").mean((1, 2, 3))).mean()
+
+
+@torch.inference_mode()
+def sample_euler(predict, noise: torch.Tensor, steps: int = 25) -> torch.Tensor:
+    """Euler's method on the probability-flow ODE; `predict(x_t, t (B,)) -> e`, noise and result (B, 4, h, w)."""
+    a = alphas_cumprod()
+    sigmas = ((1 - a) / a).sqrt()
+    timesteps = torch.linspace(999, 0, steps + 1)[:-1].round().long()
+    levels = torch.cat([sigmas[timesteps], torch.zeros(1)])
+    x = noise * levels[0]
+    for i, t in enumerate(timesteps):
+        eps = predict(x / (levels[i] ** 2 + 1).sqrt(), t.repeat(len(x)))
+        x = x + (levels[i + 1] - levels[i]) * eps
+    return x

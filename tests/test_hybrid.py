@@ -1,0 +1,136 @@
+"""The hybrid context: plain attention when nothing is left out, the oracle's outputs and gradients everywhere."""
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from dha.config import DHAConfig
+from dha.hybrid import HybridSite
+from dha.patch import plain_attention
+from dha.reference import attend_hybrid
+from dha.routing import ContextPlan, plan_context
+
+CHANNELS, HEADS, EMBEDDING = 32, 2, 24
+
+
+def make_layer(**settings):
+    torch.manual_seed(0)
+    linear = {n: nn.Linear(CHANNELS, CHANNELS, bias=n == "to_out") for n in ("to_q", "to_k", "to_v", "to_out")}
+    site = HybridSite(CHANNELS, EMBEDDING, DHAConfig(**settings))
+    site.start()
+    for parameter in site.parameters():  # the zero start would hide wrong corrections
+        nn.init.normal_(parameter, std=0.2)
+    return site, nn.ModuleDict(linear)
+
+
+def attend_fast(site, layer, x, emb, plan):
+    keys, weights = site.build_context(x, emb, plan)
+    q, k, v = layer["to_q"](site.correct("q", x)), layer["to_k"](site.correct("k", keys)), layer["to_v"](site.correct("v", keys))
+    mask = None if weights is None else weights[:, None, None].to(q.dtype)
+    return site.correct("out", layer["to_out"](plain_attention(q, k, v, {"n_heads": HEADS}, mask)))
+
+
+FULL = {"memory": 5, "rank": 4, "router_width": 8}
+SETTINGS = {
+    "all parts": FULL,
+    "unweighted": {**FULL, "weighted": False},
+    "grid alone": {},
+    "grid and router": {"router_width": 8},
+    "grid and memory": {"memory": 3},
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("height,width,batch", [(7, 9, 1), (7, 9, 3), (8, 8, 2), (33, 64, 1)])
+def test_fast_path_matches_the_oracle_in_outputs_and_gradients(name, height, width, batch):
+    site, layer = make_layer(**SETTINGS[name])
+    torch.manual_seed(1)
+    routed = site.router is not None
+    budget = 0.2 if height < 30 else 0.02
+    plan = plan_context(height, width, budget, 0.5, 4096, routed)
+    x = torch.randn(batch, height * width, CHANNELS, requires_grad=True)
+    emb = torch.randn(batch, EMBEDDING)
+    oracle_site, oracle_layer, oracle_x = copy.deepcopy(site), copy.deepcopy(layer), x.detach().clone().requires_grad_()
+    fast = attend_fast(site, layer, x, emb, plan)
+    names = SimpleNamespace(**dict(oracle_layer.items()))
+    slow = attend_hybrid(oracle_site, names, oracle_x, emb, plan, HEADS)
+    torch.testing.assert_close(fast, slow, atol=2e-6, rtol=1e-5)
+    target = torch.randn_like(fast)
+    (fast * target).sum().backward()
+    (slow * target).sum().backward()
+    torch.testing.assert_close(x.grad, oracle_x.grad, atol=2e-5, rtol=1e-4)
+    for (part, a), b in zip(site.named_parameters(), oracle_site.parameters(), strict=True):
+        assert (a.grad is None) == (b.grad is None), part
+        if a.grad is not None:
+            torch.testing.assert_close(a.grad, b.grad, atol=2e-4, rtol=1e-3, msg=lambda m, p=part: f"{p}: {m}")
+
+
+@pytest.mark.parametrize("height,width", [(7, 9), (8, 8)])
+def test_every_token_chosen_is_plain_attention(height, width):
+    site, layer = make_layer(router_width=8)
+    x, emb = torch.randn(2, height * width, CHANNELS), torch.randn(2, EMBEDDING)
+    plan = ContextPlan(height, width, stride=0, chosen=height * width)
+    fast = attend_fast(site, layer, x, emb, plan)
+    plain = layer["to_out"](plain_attention(layer["to_q"](x), layer["to_k"](x), layer["to_v"](x), {"n_heads": HEADS}, None))
+    torch.testing.assert_close(fast, plain, atol=1e-6, rtol=0)
+
+
+def test_stride_one_grid_is_plain_attention():
+    site, layer = make_layer()
+    x, emb = torch.randn(2, 63, CHANNELS), torch.randn(2, EMBEDDING)
+    fast = attend_fast(site, layer, x, emb, ContextPlan(7, 9, stride=1, chosen=0))
+    plain = layer["to_out"](plain_attention(layer["to_q"](x), layer["to_k"](x), layer["to_v"](x), {"n_heads": HEADS}, None))
+    torch.testing.assert_close(fast, plain, atol=1e-6, rtol=0)
+
+
+def test_grid_keeps_its_weight_in_the_normaliser():
+    """With constant values per kind, the mass on chosen keys must be that of plain attention when all keys are alike."""
+    site, _ = make_layer(router_width=8)
+    plan = ContextPlan(8, 8, stride=4, chosen=8)
+    with torch.no_grad():
+        _, weights = site.build_context(torch.randn(2, 64, CHANNELS), torch.randn(2, EMBEDDING), plan)
+    torch.testing.assert_close(weights.exp().sum(1), torch.full((2,), 64.0))
+
+
+def test_router_receives_a_gradient():
+    site, layer = make_layer(router_width=8)
+    x, emb = torch.randn(2, 64, CHANNELS), torch.randn(2, EMBEDDING)
+    attend_fast(site, layer, x, emb, ContextPlan(8, 8, 4, 6)).square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in site.router.parameters())
+
+
+def test_fresh_student_equals_the_training_free_one_but_for_negligible_memory():
+    site, layer = make_layer(memory=4, rank=4)
+    site.start()
+    free, _ = make_layer()
+    x, emb = torch.randn(2, 64, CHANNELS), torch.randn(2, EMBEDDING)
+    plan = ContextPlan(8, 8, 2, 0)
+    with torch.no_grad():
+        a, b = attend_fast(site, layer, x, emb, plan), attend_fast(free, layer, x, emb, plan)
+    assert (a - b).norm() / b.norm() < 0.1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_follows_single_precision(dtype):
+    site, layer = make_layer(**FULL)
+    torch.manual_seed(2)
+    x, emb = torch.randn(2, 63, CHANNELS), torch.randn(2, EMBEDDING)
+    plan = plan_context(7, 9, 0.3, 0.5, 4096, True)
+    with torch.no_grad():
+        exact = attend_fast(site, layer, x, emb, plan)
+        with torch.autocast("cpu", dtype):
+            cast = attend_fast(site, layer, x, emb, plan)
+    assert torch.isfinite(cast).all()
+    assert (cast.float() - exact).norm() / exact.norm() < 0.1
+
+
+@pytest.mark.parametrize("height,width", [(7, 9), (33, 64), (64, 64), (1, 5), (96, 96)])
+@pytest.mark.parametrize("budget", [0.03, 0.125, 0.5, 1.0])
+@pytest.mark.parametrize("routed", [True, False])
+def test_plan_never_exceeds_its_budget(height, width, budget, routed):
+    plan = plan_context(height, width, budget, 0.5, 1000, routed)
+    assert 1 <= plan.coarse + plan.chosen <= max(1, min(round(budget * height * width), 1000))
+    assert plan.chosen <= plan.tokens
