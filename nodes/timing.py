@@ -1,0 +1,113 @@
+"""Sampling as the core KSampler does it, timed without loading, text encoding or decoding."""
+
+import time
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any
+
+import comfy.sample
+import comfy.utils
+import torch
+from comfy.patcher_extension import WrappersMP
+
+
+@dataclass
+class Laps:
+    """What a timed model has done since the last `clear`."""
+
+    seconds: list[float] = field(default_factory=list)
+    steps: int = 0
+
+    def clear(self) -> None:
+        self.seconds.clear()
+
+    def report(self) -> dict[str, float]:
+        """Median seconds of a run and of one of its steps; zeros when there was nothing to sample."""
+        seconds = median(self.seconds) if self.seconds else 0.0
+        return {"seconds": seconds, "seconds_per_step": seconds / max(self.steps, 1)}
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait until the device has done all that was asked of it; a no-op where work is not queued."""
+    backend = getattr(torch, device.type, None)
+    if hasattr(backend, "synchronize"):
+        backend.synchronize()
+
+
+def attach_stopwatch(model) -> tuple[object, Laps]:
+    """A clone of a ModelPatcher that samples the same and writes down the time each run took.
+
+    The clock runs around the sampler alone: ComfyUI has loaded and patched the weights before that, so changing over
+    from one model to the other is not counted.
+    """
+    laps = Laps()
+    timed = model.clone()
+
+    def measure(executor, guider, sigmas, *args, **kwargs):
+        synchronise(model.load_device)
+        start = time.perf_counter()
+        samples = executor(guider, sigmas, *args, **kwargs)
+        synchronise(model.load_device)
+        laps.seconds.append(time.perf_counter() - start)
+        laps.steps = len(sigmas) - 1
+        return samples
+
+    timed.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, "dha_stopwatch", measure)
+    return timed, laps
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """KSampler's settings."""
+
+    seed: int
+    steps: int
+    cfg: float
+    sampler_name: str
+    scheduler: str
+    positive: list
+    negative: list
+    denoise: float
+
+    def run(self, model, latent: dict, callback, last_step: int | None = None) -> torch.Tensor:
+        """Sample as the core KSampler does, up to `last_step`; (B, C, H, W)."""
+        samples = comfy.sample.fix_empty_latent_channels(model, latent["samples"])
+        # Drawn anew for every run: it seeds the global generator too, which some samplers draw from.
+        noise = comfy.sample.prepare_noise(samples, self.seed, latent.get("batch_index"))
+        return comfy.sample.sample(
+            model,
+            noise,
+            self.steps,
+            self.cfg,
+            self.sampler_name,
+            self.scheduler,
+            self.positive,
+            self.negative,
+            samples,
+            denoise=self.denoise,
+            last_step=last_step,
+            noise_mask=latent.get("noise_mask"),
+            callback=callback,
+            disable_pbar=last_step is not None or not comfy.utils.PROGRESS_BAR_ENABLED,
+            seed=self.seed,
+        )
+
+
+def time_both(sampling: Sampling, models: dict[str, Any], latent: dict, repeats: int) -> tuple[dict, dict]:
+    """Run the models in turn `repeats` times after one uncounted step each; their samples and their laps by name."""
+    watched = {name: attach_stopwatch(model) for name, model in models.items()}
+    progress = comfy.utils.ProgressBar(len(models) * (1 + repeats * sampling.steps))
+
+    # No preview: it would be timed. The update is where ComfyUI stops the run when the user cancels.
+    def advance(step, denoised, noisy, total):
+        progress.update(1)
+
+    for timed, laps in watched.values():
+        sampling.run(timed, latent, advance, last_step=1)
+        laps.clear()
+    samples = {}
+    for _ in range(repeats):
+        for name, (timed, _) in watched.items():
+            samples[name] = sampling.run(timed, latent, advance)
+    progress.update_absolute(progress.total)
+    return samples, {name: laps for name, (_, laps) in watched.items()}

@@ -1,0 +1,1 @@
+"""Example graphs, and what drives a real ComfyUI with them."""
