@@ -1,0 +1,97 @@
+"""The demo's two measurements: quality on the mini SD-2.1, speed at full size."""
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+from tqdm import tqdm
+
+from ..formats import fill_defaults
+from ..fullsize import FREE_BYTES, run_writer
+from ..graphs import Picture, compare, time_models
+from ..server import Graph, Outcome, Server
+from .results import Comparison
+
+# The last pair, a rocket in the flat style, was kept from the training; its concept was seen in other styles.
+PROMPTS = (
+    "octopus, noto style, sky blue background",
+    "red apple left of rocket, noto style, sky blue background",
+    "owl above mushroom, twitter style, yellow background",
+    "two mirrored tropical fish, blob style, green background",
+    "checkerboard of strawberry and lemon, flat style, white background",
+    "rocket, flat style, pink background",
+    "penguin left of sunflower, emojione style, purple background",
+    "checkerboard of hamburger and red apple, glossy 3d style, gray background",
+)
+FULLSIZE = "sd21-base-random.safetensors"
+# Weights in fp32, activations at 512, and the server itself; 7.3 GB were seen at the peak.
+MEMORY_BYTES = 9_000_000_000
+
+
+class GraphBar:
+    """A progress bar of one graph: the node that runs, and its steps."""
+
+    def __init__(self, graph: Graph, title: str):
+        self.graph = graph
+        self.bar = tqdm(desc=title, total=1, unit="step", bar_format="{desc} {percentage:3.0f}%|{bar:20}| {postfix}")
+
+    def __call__(self, node: str, value: int, total: int) -> None:
+        self.bar.set_postfix_str(self.graph.get(node, {}).get("class_type", ""), refresh=False)
+        # Only sampling counts steps; the nodes before and after it would set the bar back.
+        if total > 1:
+            self.bar.total, self.bar.n = total, value
+        self.bar.refresh()
+
+    def run(self, server: Server, timeout: float) -> Outcome:
+        """Raises ServerError as `Server.run` does."""
+        with self.bar:
+            outcome = server.run(self.graph, self, timeout)
+            self.bar.set_postfix_str("done")
+        return outcome
+
+
+def compare_prompts(
+    server: Server, checkpoint: str, student: str, prompts: Sequence[str], steps: int
+) -> list[Comparison]:
+    """Run the compare graph for every prompt; raises ServerError."""
+    info = server.get("/object_info")
+    comparisons = []
+    for number, prompt in enumerate(prompts, start=1):
+        graph = fill_defaults(compare(checkpoint, Picture(prompt, steps=steps, seed=number), student), info)
+        outcome = GraphBar(graph, f"  {number}/{len(prompts)} {prompt[:48]:<48}").run(server, 300)
+        pictures = [server.fetch(outcome.images(node)[0]) for node in ("10", "11", "13")]
+        comparisons.append(Comparison(prompt, json.loads(outcome.text("12")), *pictures))
+    return comparisons
+
+
+def time_checkpoint(server: Server, checkpoint: str, size: int, repeats: int) -> dict[str, Any]:
+    """Compare Models' report on one step of `size` x `size` pixels, training-free DHA, without guidance."""
+    picture = Picture("a photo of a cat", width=size, height=size, steps=1, cfg=1.0)
+    graph = fill_defaults(time_models(checkpoint, picture, repeats=repeats), server.get("/object_info"))
+    # Without guidance the negative prompt is not used: the positive one saves a pass of the text encoder.
+    del graph["3"]
+    graph["7"]["inputs"]["negative"] = ["2", 0]
+    return json.loads(GraphBar(graph, f"  {size}x{size}, one step, {repeats} runs each").run(server, 900).text("7"))
+
+
+def find_obstacle(folder: Path) -> str:
+    """Why the full-size checkpoint cannot be written to `folder` or run here; empty when it can."""
+    disk, memory = shutil.disk_usage(folder).free, psutil.virtual_memory().available
+    if disk < FREE_BYTES:
+        return f"Not measured: {disk / 1e9:.1f} GB free on the disk of {folder}, {FREE_BYTES / 1e9:.0f} GB needed."
+    if memory < MEMORY_BYTES:
+        return f"Not measured: {memory / 1e9:.1f} GB of memory available, {MEMORY_BYTES / 1e9:.0f} GB needed."
+    return ""
+
+
+def time_fullsize(server: Server, comfyui: Path, base: Path, size: int = 512, repeats: int = 3) -> dict[str, Any]:
+    """Write the random full-size checkpoint under the server's models, time it, delete it."""
+    checkpoint = base / "models" / "checkpoints" / FULLSIZE
+    try:
+        run_writer(comfyui, checkpoint)
+        return time_checkpoint(server, FULLSIZE, size, repeats)
+    finally:
+        checkpoint.unlink(missing_ok=True)
