@@ -57,8 +57,8 @@ def save_student(path: Path, student: Student, teacher: str, prediction: str = "
         raise
 
 
-def load_student(path: Path, operations=nn, head_width: int = 64) -> Student:
-    """Read and check a student file; raises StudentFileError with one clear sentence for every wrong file."""
+def load_student(path: Path, operations=nn, head_width: int = 64, dtype: torch.dtype = torch.float32) -> Student:
+    """Read and check a student file, weights in `dtype`; raises StudentFileError with one clear sentence for every wrong file."""
     metadata, weights = read_file(path)
     check_format(path, metadata)
     try:
@@ -70,7 +70,7 @@ def load_student(path: Path, operations=nn, head_width: int = 64) -> Student:
     with torch.device("meta"):
         student = Student(config, architecture, operations, head_width)
     check_weights(path, student.named_weights(), weights)
-    student.to_empty(device="cpu").float()
+    student.to_empty(device="cpu").to(dtype)
     with torch.no_grad():
         for name, tensor in student.named_weights().items():
             tensor.copy_(weights[name])

@@ -9,7 +9,6 @@ from torch import Tensor
 from .hybrid import HybridSite
 from .official import OfficialSite
 from .routing import ContextPlan
-from .sites import SITES
 from .student import Student
 
 EMBEDDING = "dha_embedding"  # key in transformer_options under which the time embedding travels to the blocks
@@ -44,24 +43,29 @@ def make_patches(
     attend: Callable,
     token_budget: float | None = None,
     levels: tuple[int, ...] | None = None,
-    is_active: Callable[[dict], bool] = lambda options: True,
+    is_active: Callable[[dict], bool] | None = None,
+    skip: frozenset[tuple[str, int]] = frozenset(),
 ) -> Patches:
     """Callables that run `student` inside a UNet.
 
     `attend(q, k, v, options, mask)` is the host's attention over (B, N, C), mask (B, 1, 1, m) added to logits or None.
-    `token_budget` and `levels` override the student's own; `is_active(options)` switches it by timestep.
+    `token_budget` and `levels` override the student's own; `is_active(options)`, asked once per forward, switches it by
+    timestep; blocks in `skip` are left alone.
     """
     chosen = student.config.levels if levels is None else levels
-    sites = {site.block: site for site in SITES if site.level in chosen and site.level in student.config.levels}
+    sites = {site.block: site for site in student.list_sites() if site.level in chosen and site.block not in skip}
 
     def emb_patch(emb: Tensor, _channels: int, options: dict) -> Tensor:
-        options[EMBEDDING] = emb
+        if is_active is None or is_active(options):
+            options[EMBEDDING] = emb
+        else:
+            options.pop(EMBEDDING, None)
         return emb
 
     def attn1_patch(n: Tensor, context: Tensor, value: Tensor, options: dict):
         site, emb = sites.get(options.get("block")), options.get(EMBEDDING)
         options.pop(STATE, None)
-        if site is None or emb is None or not is_whole(context, emb, options) or not is_active(options):
+        if site is None or emb is None or not is_whole(context, emb, options):
             return n, context, value
         module = student.site(site)
         if isinstance(module, OfficialSite):

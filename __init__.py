@@ -1,0 +1,5 @@
+"""Dynamic Hybrid Attention for ComfyUI."""
+
+from .nodes import comfy_entrypoint
+
+__all__ = ["comfy_entrypoint"]

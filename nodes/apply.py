@@ -1,0 +1,142 @@
+"""Apply DHA: patches a model's self-attention through the ModelPatcher and leaves no trace on the model itself."""
+
+import logging
+
+from comfy.ldm.modules.attention import attention_pytorch, optimized_attention
+from comfy_api.latest import io
+
+from ..dha.checkpoint import check_architecture
+from ..dha.config import DHAConfig
+from ..dha.patch import Patches, make_patches
+from ..dha.sites import read_architecture
+from ..dha.student import Student
+from .load import DHA_STUDENT, LoadedStudent
+
+KEY = "dha"  # under which our mark and our weights are kept in a model patcher
+LEVELS = {"auto": None, "finest": (0,), "two finest": (0, 1), "three finest": (0, 1, 2), "all": (0, 1, 2, 3)}
+TRAINING_FREE = DHAConfig(levels=(0, 1))
+
+
+class ApplyDHA(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="ApplyDHA",
+            display_name="Apply DHA",
+            category="DHA",
+            description=(
+                "Makes a Stable Diffusion 2.x model faster: every token still asks, but only a short list of tokens answers. "
+                "Works with LoRA, ControlNet, HyperTile and ToMe before or after it."
+            ),
+            inputs=[
+                io.Model.Input("model", tooltip="A Stable Diffusion 2.0 or 2.1 model, fine-tunes and LoRAs included."),
+                io.Combo.Input(
+                    "levels",
+                    options=list(LEVELS),
+                    default="auto",
+                    tooltip="Resolutions of the UNet to speed up. auto: those of the student; without one, the two finest. "
+                    "Nearly all of the cost is at the finest.",
+                ),
+                io.Float.Input(
+                    "token_budget",
+                    default=0.125,
+                    min=0.0,
+                    max=1.0,
+                    step=0.005,
+                    tooltip="Share of the tokens that each token looks at. Lower is faster and less exact. 0 is the untouched model.",
+                ),
+                io.Float.Input(
+                    "start_percent",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.001,
+                    tooltip="When in the sampling to start, 0 at the first step. Raise it to keep the first steps, which decide "
+                    "the composition, exact.",
+                ),
+                io.Float.Input(
+                    "end_percent", default=1.0, min=0.0, max=1.0, step=0.001, tooltip="When in the sampling to stop, 1 at the last step."
+                ),
+                DHA_STUDENT.Input(
+                    "student", optional=True, tooltip="From Load DHA Student. Without it the model is sped up untrained, less exactly."
+                ),
+            ],
+            outputs=[io.Model.Output()],
+        )
+
+    @classmethod
+    def execute(cls, model, levels, token_budget, start_percent, end_percent, student=None) -> io.NodeOutput:
+        if token_budget == 0 or start_percent >= end_percent:
+            return io.NodeOutput(model)
+        return io.NodeOutput(apply_student(model, student, LEVELS[levels], token_budget, start_percent, end_percent))
+
+
+def apply_student(model, loaded: LoadedStudent | None, levels, token_budget: float, start: float, end: float):
+    """A clone of the model that runs the student; raises ArchitectureError, StudentFileError or ValueError for misfits."""
+    architecture = read_architecture(model.model.diffusion_model.state_dict())
+    if KEY in model.model_options["transformer_options"]:
+        raise ValueError("this model already went through Apply DHA; connect the model from before it, or remove one of the two")
+    if loaded is None:
+        student = Student(TRAINING_FREE if levels is None else DHAConfig(levels=levels), architecture)
+    else:
+        student = loaded.patcher.model
+        check_architecture(loaded.name, student.architecture, architecture)
+        check_levels(loaded.name, student, levels)
+        warn_prediction(loaded, model)
+    taken = find_replaced(model) & {site.block for site in student.list_sites()}
+    if taken:
+        logging.warning("Apply DHA: another node owns the self-attention of %s; these stay as they are.", sorted(taken))
+    active = None if (start, end) == (0.0, 1.0) else make_window(model, start, end)
+    patched = model.clone()
+    install(patched, make_patches(student, attend, token_budget, levels, active, frozenset(taken)))
+    patched.model_options["transformer_options"][KEY] = student.config.to_json()
+    if loaded is not None:
+        patched.set_additional_models(KEY, [loaded.patcher])
+    return patched
+
+
+def install(patched, patches: Patches) -> None:
+    """Put a student's callables into a model patcher."""
+    patched.set_model_emb_patch(patches.emb)
+    patched.set_model_attn1_patch(patches.attn1)
+    patched.set_model_attn1_output_patch(patches.output)
+    for kind, number in patches.blocks:
+        patched.set_model_attn1_replace(patches.replace, kind, number)
+
+
+def attend(q, k, v, options, mask):
+    """The user's own attention kernel; where keys have weights, PyTorch's, since some kernels ignore a mask without a word."""
+    kernel = optimized_attention if mask is None else attention_pytorch
+    passed = {"transformer_options": options} if mask is None else {"mask": mask}
+    return kernel(q, k, v, options["n_heads"], attn_precision=options.get("attn_precision"), **passed)
+
+
+def make_window(model, start: float, end: float):
+    """A question to the running step: does its noise level lie between these percents of the sampling?"""
+    sampling = model.get_model_object("model_sampling")
+    highest, lowest = float(sampling.percent_to_sigma(start)), float(sampling.percent_to_sigma(end))
+
+    def is_active(options: dict) -> bool:
+        return lowest <= float(options["sigmas"][0]) <= highest
+
+    return is_active
+
+
+def find_replaced(model) -> set[tuple[str, int]]:
+    """Blocks whose self-attention another node has already replaced."""
+    replaced = model.model_options["transformer_options"].get("patches_replace", {}).get("attn1", {})
+    return {tuple(block[:2]) for block in replaced}
+
+
+def check_levels(name: str, student: Student, levels: tuple[int, ...] | None) -> None:
+    """Raise ValueError when none of the asked levels was trained."""
+    if levels is not None and not set(levels) & set(student.config.levels):
+        raise ValueError(f"{name} was trained for levels {student.config.levels} (0 is the finest), {levels} were asked for; use auto")
+
+
+def warn_prediction(loaded: LoadedStudent, model) -> None:
+    """Say it when a student of a noise-predicting model meets a v-predicting one or the other way round."""
+    found, made = model.model.model_type.name, loaded.metadata.get("prediction", "")
+    expected = {"eps": "EPS", "v": "V_PREDICTION"}.get(made)
+    if expected and found != expected:
+        logging.warning("Apply DHA: %s was trained on %s prediction, this model uses %s.", loaded.name, made, found)
