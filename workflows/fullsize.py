@@ -1,4 +1,4 @@
-"""Write a full-size SD-2.1-base checkpoint with random weights: for timing the real architecture without its weights."""
+"""Write a full-size SD-2.1-base checkpoint with random weights, to time the architecture without the real ones."""
 
 import argparse
 import importlib.util

@@ -5,8 +5,9 @@ from statistics import mean
 from typing import Any
 
 QUALITY_NOTE = (
-    "Quality: the mini SD-2.1 of this repository, the same architecture a tenth as wide, trained on emoji art. It draws "
-    "128x128 pictures. These figures say how close its student stays to it; they say nothing about the published SD-2.1."
+    "Quality: the mini SD-2.1 of this repository, the same architecture a tenth as wide, trained on emoji art. It "
+    "draws 128x128 pictures. These figures say how close its student stays to it; they say nothing about the "
+    "published SD-2.1."
 )
 SPEED_NOTE = (
     "Speed: the full-size SD-2.1 architecture with random weights, since the published weights are not part of this "
