@@ -1,5 +1,6 @@
 """The hybrid context: queries stay whole, keys and values shrink to grid, chosen and memory tokens."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -93,6 +94,17 @@ class HybridSite(nn.Module):
         if self.is_uniform(plan):
             return Context(tokens, None)
         return Context(tokens, torch.cat([w.expand(len(x), -1) for w in weights], dim=1))
+
+    def forward(self, attention: nn.Module, attend: Callable, x: Tensor, emb: Tensor, plan: ContextPlan, heads: int) -> Tensor:
+        """One layer alone: x (B, N, C) through `attention`'s own to_q, to_k, to_v and to_out, with a short context.
+
+        `attend(q, k, v, options, mask)` is as in `dha.patch`.
+        """
+        keys, weights = self.build_context(x, emb, plan)
+        q = attention.to_q(self.correct("q", x))
+        k, v = attention.to_k(self.correct("k", keys)), attention.to_v(self.correct("v", keys))
+        mask = None if weights is None else weights[:, None, None].to(q.dtype)
+        return self.correct("out", attention.to_out(attend(q, k, v, {"n_heads": heads}, mask)))
 
     def is_uniform(self, plan: ContextPlan) -> bool:
         """Whether all keys weigh the same, so that softmax needs no bias: one kind of key, and cells of one size."""

@@ -35,3 +35,55 @@ def register_mini():
     spec.loader.exec_module(module)
     module.register()
     return module
+
+
+class Teacher:
+    """A Stable Diffusion 2.x checkpoint as ComfyUI loads it, frozen, with the few calls that training needs."""
+
+    def __init__(self, path: Path, device: torch.device):
+        import comfy.sd
+
+        from dha.checkpoint import fingerprint
+        from dha.sites import SITES, read_architecture
+
+        register_mini()
+        if not path.is_file():
+            raise FileNotFoundError(f"the teacher {path} does not exist; give an SD-2.x checkpoint with --teacher")
+        self.model, self.clip, self.vae, _ = comfy.sd.load_checkpoint_guess_config(str(path))
+        self.device = device
+        # fp32 masters: the trunk is frozen, autocast lowers the precision of what is computed
+        self.unet = self.model.model.diffusion_model.float().to(device).eval().requires_grad_(False)
+        state = self.unet.state_dict()
+        self.architecture, self.fingerprint = read_architecture(state), fingerprint(state)
+        self.sampling = self.model.get_model_object("model_sampling")
+        self.prediction = "v" if self.model.model.model_type.name == "V_PREDICTION" else "eps"
+        self.head_width = self.attention(SITES[0]).dim_head
+
+    def attention(self, site) -> torch.nn.Module:
+        """The UNet's own self-attention module at a `dha.sites.Site`."""
+        return self.unet.get_submodule(site.name)
+
+    @torch.no_grad()
+    def encode_picture(self, pictures: torch.Tensor) -> torch.Tensor:
+        """(B, 3, H, W) in [0, 1] -> latents as the UNet sees them, (B, 4, H/8, W/8)."""
+        latents = self.vae.encode(pictures.permute(0, 2, 3, 1))
+        return self.model.model.process_latent_in(latents).float()
+
+    @torch.no_grad()
+    def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
+        """Latents as the UNet sees them -> pictures (B, 3, H, W) in [0, 1]."""
+        return self.vae.decode(self.model.model.process_latent_out(latents.cpu())).permute(0, 3, 1, 2).clamp(0, 1)
+
+    @torch.no_grad()
+    def encode_prompt(self, prompt: str) -> torch.Tensor:
+        """A prompt -> context (1, 77, C)."""
+        return self.clip.encode_from_tokens(self.clip.tokenize(prompt)).float()
+
+    @property
+    def sigmas(self) -> torch.Tensor:
+        """Noise levels of the 1000 training timesteps, ascending."""
+        return self.sampling.sigmas.float().cpu()
+
+    def predict(self, latents: torch.Tensor, t: torch.Tensor, context: torch.Tensor, options: dict | None = None) -> torch.Tensor:
+        """The UNet's raw prediction (B, 4, h, w) for scaled noisy latents at timesteps t (B,); options carry patches."""
+        return self.unet(latents, t.float(), context=context, transformer_options=dict(options or {})).float()

@@ -27,10 +27,7 @@ def make_layer(**settings):
 
 
 def attend_fast(site, layer, x, emb, plan):
-    keys, weights = site.build_context(x, emb, plan)
-    q, k, v = layer["to_q"](site.correct("q", x)), layer["to_k"](site.correct("k", keys)), layer["to_v"](site.correct("v", keys))
-    mask = None if weights is None else weights[:, None, None].to(q.dtype)
-    return site.correct("out", layer["to_out"](plain_attention(q, k, v, {"n_heads": HEADS}, mask)))
+    return site(SimpleNamespace(**dict(layer.items())), plain_attention, x, emb, plan, HEADS)
 
 
 FULL = {"memory": 5, "rank": 4, "router_width": 8}

@@ -9,7 +9,7 @@ from torch import nn
 from tqdm import tqdm
 
 from .data import Emoji, draw_crops
-from .schedule import cosine_rate, load_state, save_state
+from ..schedule import cosine_rate, load_state, save_state
 
 LATENT_SCALE = 0.18215  # SD-2.1's latent format multiplies the encoder's output by this
 

@@ -11,9 +11,9 @@ from tqdm import tqdm
 
 from .autoencoder import decode, encode
 from .data import Emoji, encode_scenes, load_chunk, plan_chunk, plan_held_out
-from .diffusion import add_noise, noise_loss, sample_euler
+from ..diffusion import add_noise, noise_loss, sample_euler
 from .model import Tokens, build_text_encoder, build_unet, encode_text
-from .schedule import load_state, save_state, trapezoid_rate
+from ..schedule import load_state, save_state, trapezoid_rate
 
 
 def attend_small(_attention, q, k, v, heads, *_args, **_kwargs):
@@ -97,7 +97,7 @@ class HeldOut:
         Image.fromarray(np.concatenate(rows)).save(path)
 
 
-def train_teacher(emoji: Emoji, autoencoder: nn.Module, work: Path, steps: int, batch: int = 64, chunks: int = 20) -> MiniTeacher:
+def train_teacher(emoji: Emoji, autoencoder: nn.Module, work: Path, steps: int, batch: int = 64, chunks: int = 14) -> MiniTeacher:
     """Train up to `steps`; resumes from `work/teacher.pt`, keeps the averaged weights best on held-out pairs in `best.pt`."""
     model, average, tokens = MiniTeacher(), MiniTeacher(), Tokens()
     average.load_state_dict(model.state_dict())

@@ -1,4 +1,4 @@
-"""SD-2.1's noise schedule, its training target and a plain Euler sampler."""
+"""SD-2.1's noise schedule, its training targets and a plain Euler sampler."""
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,7 @@ def alphas_cumprod() -> torch.Tensor:
 
 def add_noise(latents: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
     """x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) e, all (B, 4, h, w); t (B,) integers."""
-    a = alphas_cumprod()[t].view(-1, 1, 1, 1)
+    a = alphas_cumprod()[t].view(-1, 1, 1, 1).to(latents.device)
     return a.sqrt() * latents + (1 - a).sqrt() * noise
 
 
@@ -21,6 +21,22 @@ def noise_loss(prediction: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, g
     a = alphas_cumprod()[t]
     weight = (gamma * (1 - a) / a).clamp(max=1.0)
     return (weight * F.mse_loss(prediction, noise, reduction="none").mean((1, 2, 3))).mean()
+
+
+def training_target(latents: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, kind: str) -> torch.Tensor:
+    """What the model should predict: the noise (`eps`) or v = sqrt(a) e - sqrt(1 - a) x_0 (arXiv 2202.00512)."""
+    if kind == "eps":
+        return noise
+    a = alphas_cumprod()[t].view(-1, 1, 1, 1).to(latents.device)
+    return a.sqrt() * noise - (1 - a).sqrt() * latents
+
+
+def to_noise(prediction: torch.Tensor, noisy: torch.Tensor, t: torch.Tensor, kind: str) -> torch.Tensor:
+    """The noise that a prediction of either kind implies, all (B, 4, h, w)."""
+    if kind == "eps":
+        return prediction
+    a = alphas_cumprod()[t].view(-1, 1, 1, 1).to(noisy.device)
+    return a.sqrt() * prediction + (1 - a).sqrt() * noisy
 
 
 @torch.inference_mode()

@@ -1,4 +1,4 @@
-"""Small pieces that both trainings of the mini teacher share: atomic states and a learning rate with warm-up."""
+"""What every training loop here shares: states that survive a kill, and learning rates with warm-up."""
 
 import math
 import os

@@ -1,0 +1,70 @@
+"""Write the mini teacher as one checkpoint in SD-2.1's layout, which the stock loader reads once the pack is there."""
+
+import json
+import os
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from ..host import register_mini
+from .autoencoder import widen
+
+def unet_config(mini) -> dict:
+    """The detection keys and sizes from which ComfyUI builds the UNet."""
+    return {
+        "use_checkpoint": False,
+        "image_size": 32,
+        "use_spatial_transformer": True,
+        "legacy": False,
+        "adm_in_channels": None,
+        "in_channels": 4,
+        "out_channels": 4,
+        "model_channels": mini.MODEL_CHANNELS,
+        "num_res_blocks": [2] * 4,
+        "transformer_depth": [1] * 6 + [0] * 2,
+        "transformer_depth_output": [1] * 9 + [0] * 3,
+        "channel_mult": [1, 2, 4, 4],
+        "transformer_depth_middle": 1,
+        "use_linear_in_transformer": True,
+        "context_dim": mini.TEXT_WIDTH,
+        "use_temporal_resblock": False,
+        "use_temporal_attention": False,
+    }
+
+def assemble_checkpoint(unet: dict, text: dict, autoencoder: dict) -> dict[str, torch.Tensor]:
+    """State dicts of the three parts -> one state dict with SD-2.1's names, fp16."""
+    mini = register_mini()
+    config = mini.MiniSD21(unet_config(mini))
+    state = {f"model.diffusion_model.{name}": tensor for name, tensor in unet.items()}
+    clip = {f"clip_h.{name}": tensor for name, tensor in text.items()}
+    state.update(config.process_clip_state_dict_for_saving(clip))
+    state.update({f"first_stage_model.{name}": tensor for name, tensor in widen(autoencoder).items()})
+    return {name: tensor.detach().to(torch.float16).contiguous() for name, tensor in state.items()}
+
+def blank_unused_words(text: dict, used: set[int]) -> dict:
+    """The text encoder with zero embeddings for tokens that training never showed: no noise, and no room in an archive."""
+    name = "transformer.text_model.embeddings.token_embedding.weight"
+    kept = torch.zeros_like(text[name])
+    rows = torch.tensor(sorted(used))
+    kept[rows] = text[name][rows]
+    return {**text, name: kept}
+
+def save_checkpoint(path: Path, unet: nn.Module, text: nn.Module, autoencoder: nn.Module, used: set[int], record: dict) -> None:
+    """Write the checkpoint atomically; refuses weights that the loader would take for a v-prediction model."""
+    state = assemble_checkpoint(unet.state_dict(), blank_unused_words(text.state_dict(), used), autoencoder.state_dict())
+    spread = state["model.diffusion_model.output_blocks.11.1.transformer_blocks.0.norm1.bias"].float().std(unbiased=False)
+    if spread > 0.09:
+        raise ValueError(f"norm1.bias of the last block spreads by {spread:.3f} > 0.09: ComfyUI would read v-prediction")
+    metadata = {
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": "stable-diffusion-v2-mini",
+        "modelspec.title": "Mini SD-2.1 (emoji)",
+        "modelspec.license": "weights trained on Apache-2.0, MIT and CC-BY-4.0 art, see NOTICE",
+        "training": json.dumps(record),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    save_file(state, partial, metadata=metadata)
+    os.replace(partial, path)

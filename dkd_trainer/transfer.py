@@ -1,0 +1,67 @@
+"""Stage 1, attention transfer: every replaced layer learns its teacher's output from its teacher's input, all in one pass."""
+
+import torch
+from torch import Tensor
+
+from dha.patch import plain_attention
+from dha.student import Student
+
+from .host import Teacher
+
+ROUTING_QUERIES = 64  # queries from which the teacher's attention mass per key is estimated
+
+
+def transfer_losses(
+    teacher: Teacher, student: Student, noisy: Tensor, t: Tensor, context: Tensor, budget: float | None = None
+) -> dict[str, Tensor]:
+    """Relative squared error of each site's output, as `site name`, and the router's loss, as `site name/routing`.
+
+    The teacher's trunk runs without gradients; noisy (B, 4, h, w), t (B,), context (B, 77, C).
+    """
+    sites = {site.block: site for site in student.list_sites()}
+    losses: dict[str, Tensor] = {}
+
+    def keep_embedding(emb, _channels, options):
+        options["dkd_embedding"] = emb
+        return emb
+
+    def keep_input(n, context, value, options):
+        options["dkd_input"] = n
+        return n, context, value
+
+    def compare_output(out, options):
+        site = sites.get(options["block"])
+        if site is None:
+            return out
+        x, emb = options["dkd_input"], options["dkd_embedding"]
+        plan = student.plan(*options["activations_shape"][-2:], budget)
+        if plan.coarse + plan.chosen < plan.tokens:
+            module, attention = student.site(site), teacher.attention(site)
+            with torch.enable_grad():
+                output = module(attention, plain_attention, x, emb, plan, attention.heads)
+                losses[site.name] = relative_error(output, out)
+                if plan.chosen:
+                    losses[f"{site.name}/routing"] = routing_loss(module.router(x, emb), attention, x)
+        return out
+
+    patches = {"emb_patch": [keep_embedding], "attn1_patch": [keep_input], "attn1_output_patch": [compare_output]}
+    with torch.no_grad():
+        teacher.predict(noisy, t, context, {"patches": patches})
+    return losses
+
+
+def relative_error(output: Tensor, target: Tensor) -> Tensor:
+    """Mean over the batch of |output - target|^2 / |target|^2, any shape (B, ...)."""
+    difference = (output.float() - target.float()).flatten(1).square().sum(1)
+    return (difference / target.float().flatten(1).square().sum(1).clamp(min=1e-8)).mean()
+
+
+def routing_loss(scores: Tensor, attention: torch.nn.Module, x: Tensor) -> Tensor:
+    """Cross-entropy of the router's softmax (B, N) against the attention mass that the teacher's keys receive."""
+    with torch.no_grad():
+        queries = x[:, torch.randperm(x.shape[1], device=x.device)[:ROUTING_QUERIES]]
+        q, k = attention.to_q(queries), attention.to_k(x)
+        q, k = (a.unflatten(-1, (attention.heads, -1)).transpose(1, 2) for a in (q, k))
+        mass = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).float().softmax(-1).mean((1, 2))
+    cross_entropy = -(mass * scores.float().log_softmax(1)).sum(1)
+    return (cross_entropy + (mass * mass.clamp(min=1e-12).log()).sum(1)).mean()  # minus the mass's own entropy: 0 is perfect
