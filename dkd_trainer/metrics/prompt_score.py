@@ -203,7 +203,7 @@ def train_heads(
         loss.backward()
         optimizer.step()
         schedule.step()
-        bar.set_postfix(loss=f"{loss.item():.3f}")
+        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
     scorer.eval().requires_grad_(False)
 
 
