@@ -7,6 +7,7 @@ from .server import Graph
 WIDGET_TYPES = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
 NOTE_TYPES = {"Note", "MarkdownNote"}
 COLUMN, ROW = 340, 60
+PICTURE_HEIGHT = {"PreviewImage": 280, "SaveImage": 280, "ComparePictures": 120, "PreviewAny": 180}
 
 
 def list_inputs(info: dict[str, Any]) -> list[tuple[str, Any, dict[str, Any]]]:
@@ -26,8 +27,10 @@ def choose_default(kind: Any, options: dict[str, Any]) -> Any:
     """The value a widget starts with in the browser."""
     if "default" in options:
         return options["default"]
-    choices = kind if isinstance(kind, list) else options.get("options") or []
-    return choices[0] if choices else {"INT": 0, "FLOAT": 0.0, "BOOLEAN": False}.get(kind, "")
+    if isinstance(kind, list) or kind == "COMBO":
+        choices = kind if isinstance(kind, list) else options.get("options")
+        return choices[0] if choices else ""
+    return {"INT": 0, "FLOAT": 0.0, "BOOLEAN": False, "STRING": ""}[kind]
 
 
 def fill_defaults(graph: Graph, object_info: dict[str, Any]) -> Graph:
@@ -65,7 +68,10 @@ def to_ui(graph: Graph, object_info: dict[str, Any], places: dict[str, tuple[int
             "id": int(key),
             "type": entry["class_type"],
             "pos": [COLUMN * column, ROW * row],
-            "size": [300, 40 + 26 * (len(widgets) + max(len(wanted), len(info["output"])))],
+            "size": [
+                300,
+                estimate_height(info, len(widgets), len(wanted)) + PICTURE_HEIGHT.get(entry["class_type"], 0),
+            ],
             "flags": {},
             "order": order,
             "mode": 0,
@@ -83,6 +89,12 @@ def to_ui(graph: Graph, object_info: dict[str, Any], places: dict[str, tuple[int
     text |= {"flags": {}, "order": 0, "mode": 0, "inputs": [], "outputs": [], "properties": {}}
     ui = {"last_node_id": last, "last_link_id": len(links), "nodes": [*nodes.values(), text], "links": links}
     return ui | {"groups": [], "config": {}, "extra": {}, "version": 0.4}
+
+
+def estimate_height(info: dict[str, Any], widgets: int, sockets: int) -> int:
+    """Pixels that a node needs in the browser; text boxes take the room of four widgets."""
+    boxes = sum(bool(options.get("multiline")) for _, _, options in list_inputs(info))
+    return 40 + 26 * (widgets + 3 * boxes + max(sockets, len(info["output"])))
 
 
 def describe_type(kind: Any) -> str:

@@ -194,10 +194,15 @@ def find_comfyui(path: str | Path | None) -> Path:
 
 
 def link_pack(base: Path, pack: Path) -> None:
-    """Put the pack among the base directory's custom nodes, by a link or, where links fail, by a copy."""
+    """Put the pack among the base directory's custom nodes, by a link or, where links fail, by a copy.
+
+    Raises ServerError where an unlinked pack lies there, since it may be another version.
+    """
     place = base / "custom_nodes" / PACK_NAME
-    if place.is_symlink() or place.exists():
-        return
+    if place.is_symlink():
+        place.unlink()
+    if place.exists():
+        raise ServerError(f"{place} exists already; give an empty folder as the server's base directory.")
     try:
         place.symlink_to(pack, target_is_directory=True)
     except OSError:

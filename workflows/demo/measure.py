@@ -35,11 +35,15 @@ class GraphBar:
     """A progress bar of one graph: the node that runs, and its steps."""
 
     def __init__(self, graph: Graph, title: str):
-        self.graph = graph
-        self.bar = tqdm(desc=title, total=1, unit="step", bar_format="{desc} {percentage:3.0f}%|{bar:20}| {postfix}")
+        self.graph, self.title = graph, title
+        self.bar = tqdm(total=1, bar_format="{desc} {percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} {elapsed}")
+        self.name("waiting")
+
+    def name(self, what: str) -> None:
+        self.bar.set_description_str(f"{self.title} {what:<22}")
 
     def __call__(self, node: str, value: int, total: int) -> None:
-        self.bar.set_postfix_str(self.graph.get(node, {}).get("class_type", ""), refresh=False)
+        self.name(self.graph.get(node, {}).get("class_type", ""))
         # Only sampling counts steps; the nodes before and after it would set the bar back.
         if total > 1:
             self.bar.total, self.bar.n = total, value
@@ -49,7 +53,7 @@ class GraphBar:
         """Raises ServerError as `Server.run` does."""
         with self.bar:
             outcome = server.run(self.graph, self, timeout)
-            self.bar.set_postfix_str("done")
+            self.name("done")
         return outcome
 
 
