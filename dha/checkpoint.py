@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .config import ConfigError, DHAConfig
+from .config import DHAConfig
 from .sites import SITES, Architecture
 from .student import Student
 
@@ -47,13 +46,12 @@ def save_student(path: Path, student: Student, teacher: str, prediction: str = "
         "modelspec.title": path.stem,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         save_file(weights, partial, metadata=metadata)
         os.replace(partial, path)
     except BaseException:
-        Path(partial).unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
         raise
 
 
@@ -61,12 +59,8 @@ def load_student(path: Path, operations=nn, head_width: int = 64, dtype: torch.d
     """Read and check a student file, weights in `dtype`; raises StudentFileError with one clear sentence for every wrong file."""
     metadata, weights = read_file(path)
     check_format(path, metadata)
-    try:
-        config = DHAConfig.from_json(metadata.get("config", ""))
-        architecture = parse_architecture(metadata.get("architecture", ""))
-    except (ConfigError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise StudentFileError(f"{path.name}: its description cannot be read ({error}); get the file again") from error
-    check_size(path, config, weights)
+    config, architecture = read_description(path, metadata)
+    check_heads(path, config, architecture, head_width)
     with torch.device("meta"):
         student = Student(config, architecture, operations, head_width)
     check_weights(path, student.named_weights(), weights)
@@ -87,14 +81,15 @@ def read_metadata(path: Path) -> dict[str, str]:
 def read_file(path: Path, tensors: bool = True) -> tuple[dict[str, str], dict[str, Tensor]]:
     """Metadata and tensors of a safetensors file; raises StudentFileError when it is none."""
     if not path.is_file():
-        raise StudentFileError(f"{path} does not exist; put student files into ComfyUI's models/dha folder")
+        found = "is a folder" if path.is_dir() else "does not exist"
+        raise StudentFileError(f"{path} {found}, expected a student file; put those into ComfyUI's models/dha folder")
     try:
         with safe_open(path, "pt") as file:
             weights = {name: file.get_tensor(name) for name in file.keys()} if tensors else {}  # noqa: SIM118
             return file.metadata() or {}, weights
-    except (SafetensorError, OSError, ValueError, UnicodeDecodeError) as error:
+    except (SafetensorError, OSError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         raise StudentFileError(
-            f"{path.name} is not a whole safetensors file ({error}); it may be a cut-off download or another kind of file "
+            f"{path.name} is not a whole safetensors file ({shorten(error)}); it may be a cut-off download or another kind of file "
             "renamed: download it again"
         ) from error
 
@@ -103,7 +98,7 @@ def check_format(path: Path, metadata: Mapping[str, str]) -> None:
     """Raise StudentFileError unless the metadata says it is a student of a version we know."""
     if metadata.get("format") != FORMAT:
         raise StudentFileError(
-            f"{path.name} is not a DHA student (format {metadata.get('format')!r}, expected {FORMAT!r}); "
+            f"{path.name} is not a DHA student (format {shorten(metadata.get('format'))!r}, expected {FORMAT!r}); "
             "checkpoints and LoRAs have loaders of their own"
         )
     version = metadata.get("version", "")
@@ -113,6 +108,23 @@ def check_format(path: Path, metadata: Mapping[str, str]) -> None:
         raise StudentFileError(
             f"{path.name} has version {version}, this pack reads up to {VERSION}; update the pack to use this student"
         )
+
+
+def read_description(path: Path, metadata: Mapping[str, str]) -> tuple[DHAConfig, Architecture]:
+    """Configuration and architecture of a student file; raises StudentFileError when they cannot be read."""
+    try:
+        return DHAConfig.from_json(metadata.get("config", "")), parse_architecture(metadata.get("architecture", ""))
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise StudentFileError(
+            f"{path.name}: its description cannot be read ({shorten(error)}); it was damaged or written by another program: "
+            "get the file again"
+        ) from error
+
+
+def shorten(error: object) -> str:
+    """A message of a length that a user reads, whatever a file made it quote."""
+    text = str(error)
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def parse_architecture(text: str) -> Architecture:
@@ -131,12 +143,13 @@ def positive(value: object) -> int:
     return value
 
 
-def check_size(path: Path, config: DHAConfig, weights: Mapping[str, Tensor]) -> None:
-    """Refuse descriptions that promise parts the file does not hold, before any memory is taken for them."""
-    trained = config.mode == "official" or config.memory or config.rank or config.router_width
-    if bool(trained) != bool(weights):
+def check_heads(path: Path, config: DHAConfig, architecture: Architecture, head_width: int) -> None:
+    """Raise StudentFileError unless published students' own projections divide into heads."""
+    odd = sorted(width for width in set(architecture.channels.values()) if width % head_width)
+    if config.mode == "official" and odd:
         raise StudentFileError(
-            f"{path.name} holds {len(weights)} tensors, which does not fit its description; get the file again"
+            f"{path.name} is a student of mode 'official' with layers {odd[0]} wide, expected multiples of the head width "
+            f"{head_width}; use a student of mode 'hybrid' for this architecture"
         )
 
 
@@ -146,15 +159,17 @@ def check_weights(path: Path, expected: Mapping[str, Tensor], found: Mapping[str
     if missing or surplus:
         raise StudentFileError(
             f"{path.name} does not fit its description: {len(missing)} tensors missing {missing[:1]}, "
-            f"{len(surplus)} surplus {surplus[:1]}; get the file again"
+            f"{len(surplus)} surplus {[shorten(name) for name in surplus[:1]]}; get the file again"
         )
     for name, tensor in found.items():
         if tensor.shape != expected[name].shape:
             raise StudentFileError(
                 f"{path.name}: {name} has shape {tuple(tensor.shape)}, expected {tuple(expected[name].shape)}; get the file again"
             )
-        if not tensor.is_floating_point() or not torch.isfinite(tensor.float()).all():
-            raise StudentFileError(f"{path.name}: {name} holds values that are not finite numbers; get the file again")
+        if not tensor.is_floating_point():
+            raise StudentFileError(f"{path.name}: {name} is {tensor.dtype}, expected a floating-point type; get the file again")
+        if not torch.isfinite(tensor.to(torch.float16)).all():  # fp16 is what a GPU computes in
+            raise StudentFileError(f"{path.name}: {name} holds values that are not finite numbers in fp16; get the file again")
 
 
 def check_architecture(name: str, student: Architecture, model: Architecture) -> None:

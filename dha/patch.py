@@ -1,6 +1,6 @@
 """A student as plain callables of ComfyUI's UNet patch protocol; no host is imported, the trainer uses the same ones."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +11,7 @@ from .official import OfficialSite
 from .routing import ContextPlan
 from .student import Student
 
-EMBEDDING = "dha_embedding"  # key in transformer_options under which the time embedding travels to the blocks
+STEP = "dha_step"  # key in transformer_options under which a forward's Step travels to the blocks
 STATE = "dha_state"  # key in a block's extra_options under which our patches of one call talk to each other
 
 
@@ -28,6 +28,13 @@ class Patches(NamedTuple):
         """`transformer_options` for a bare UNet, without a model patcher."""
         patches = {"emb_patch": [self.emb], "attn1_patch": [self.attn1], "attn1_output_patch": [self.output]}
         return {"patches": patches, "patches_replace": {"attn1": {block: self.replace for block in self.blocks}}}
+
+
+class Step(NamedTuple):
+    """What one UNet forward tells its blocks: the time embedding (B, E) and which blocks are ours."""
+
+    emb: Tensor
+    blocks: frozenset[tuple[str, int]]
 
 
 class Call(NamedTuple):
@@ -57,17 +64,17 @@ def make_patches(
 
     def emb_patch(emb: Tensor, _channels: int, options: dict) -> Tensor:
         if is_active is None or is_active(options):
-            options[EMBEDDING] = emb
+            options[STEP] = Step(emb, find_owned(options, sites, attn1_replace))
         else:
-            options.pop(EMBEDDING, None)
+            options.pop(STEP, None)
         return emb
 
     def attn1_patch(n: Tensor, context: Tensor, value: Tensor, options: dict):
-        site, emb = sites.get(options.get("block")), options.get(EMBEDDING)
+        block, step = options.get("block"), options.get(STEP)
         options.pop(STATE, None)
-        if site is None or emb is None or not is_whole(context, emb, options):
+        if step is None or block not in step.blocks or not is_whole(context, step.emb, options):
             return n, context, value
-        module = student.site(site)
+        module, emb = student.site(sites[block]), step.emb
         if isinstance(module, OfficialSite):
             if n.shape == context.shape:
                 options[STATE] = Call(module, output=module(n, emb))
@@ -95,11 +102,25 @@ def make_patches(
         call = options.get(STATE)
         if call is None:
             return out
-        if call.output is not None:
-            return call.output
-        return call.site.correct("out", out)
+        if call.output is None:
+            return call.site.correct("out", out)
+        if call.output.shape != out.shape:
+            raise RuntimeError(
+                f"a patch after this student tiled or merged its queries to {tuple(out.shape)}, expected {tuple(call.output.shape)}; "
+                "students of mode 'official' bring their own attention: put HyperTile or ToMe before Apply DHA, or leave it out"
+            )
+        return call.output
 
     return Patches(emb_patch, attn1_patch, attn1_replace, output_patch, list(sites))
+
+
+def find_owned(options: dict, blocks: Iterable[tuple[str, int]], replace: Callable) -> frozenset[tuple[str, int]]:
+    """The blocks whose self-attention still is `replace`: other patches take some over, PAG for single forwards only.
+
+    Those need all keys and values, so that ours must not shorten them.
+    """
+    replaced = options.get("patches_replace", {}).get("attn1", {})
+    return frozenset(block for block in blocks if replaced.get((*block, 0), replaced.get(block)) is replace)
 
 
 def is_whole(context: Tensor, emb: Tensor, options: dict) -> bool:

@@ -83,7 +83,8 @@ def apply_student(model, loaded: LoadedStudent | None, levels, token_budget: flo
         check_architecture(loaded.name, student.architecture, architecture)
         check_levels(loaded.name, student, levels)
         warn_prediction(loaded, model)
-    taken = find_replaced(model) & {site.block for site in student.list_sites()}
+    chosen = student.config.levels if levels is None else levels
+    taken = find_replaced(model) & {site.block for site in student.list_sites() if site.level in chosen}
     if taken:
         logging.warning("Apply DHA: another node owns the self-attention of %s; these stay as they are.", sorted(taken))
     active = None if (start, end) == (0.0, 1.0) else make_window(model, start, end)

@@ -1,0 +1,131 @@
+"""A real ComfyUI in the test process, the mini SD-2.1 in it (of random weights where the trained one is not there), and students for it."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+from dha.checkpoint import save_student
+from dha.config import DHAConfig
+from dha.sites import Architecture, read_architecture
+from dha.student import Student
+
+ROOT = Path(__file__).resolve().parent.parent
+SHIPPED = ROOT / "workflows" / "models" / "checkpoints" / "mini-sd21.safetensors"
+EXTRAS = ("hypertile", "tomesd", "freelunch", "pag", "sag")
+TRAINED = DHAConfig(levels=(0, 1), memory=4, rank=4, router_width=16)
+
+
+def make_student(architecture: Architecture, seed: int = 0, config: DHAConfig = TRAINED) -> Student:
+    """A student as if trained: corrections and memory large enough to be seen in a picture."""
+    torch.manual_seed(seed)
+    student = Student(config, architecture).start()
+    with torch.no_grad():
+        for name, tensor in student.named_parameters():
+            if name.endswith("up.weight"):
+                tensor.normal_(std=0.3)
+            elif name.endswith("log_weight"):
+                tensor.zero_()
+    return student
+
+
+class Studio:
+    """A teacher with its conditionings in a running ComfyUI, and what draws with it."""
+
+    def __init__(self, host, base: Path, checkpoint: Path):
+        import folder_paths
+
+        self.host, self.base = host, base
+        folder_paths.add_model_folder_path("checkpoints", str(checkpoint.parent))
+        self.model, self.clip, _ = host.call("CheckpointLoaderSimple", ckpt_name=checkpoint.name)
+        (self.positive,) = host.call("CLIPTextEncode", clip=self.clip, text="red apple left of rocket")
+        (self.negative,) = host.call("CLIPTextEncode", clip=self.clip, text="")
+        self.architecture = read_architecture(self.model.model.diffusion_model.state_dict())
+
+    def call(self, node_id: str, **inputs):
+        """The only output of a node."""
+        (output,) = self.host.call(node_id, **inputs)
+        return output
+
+    def apply(self, model=None, student=None, levels="auto", budget=0.125, start=0.0, end=1.0):
+        """Apply DHA with the defaults of the node, by default to the teacher."""
+        settings = {"levels": levels, "token_budget": budget, "start_percent": start, "end_percent": end}
+        return self.call("ApplyDHA", model=model or self.model, student=student, **settings)
+
+    def write_student(self, name: str, seed: int = 0, architecture=None, config: DHAConfig = TRAINED) -> Path:
+        """A student file in ComfyUI's models/dha."""
+        path = self.base / "models" / "dha" / f"{name}.safetensors"
+        save_student(path, make_student(architecture or self.architecture, seed, config), teacher="test")
+        return path
+
+    def load_student(self, name: str, **settings):
+        return self.call("LoadDHAStudent", student_name=self.write_student(name, **settings).name)
+
+    def draw(self, model=None, size=(128, 128), batch=1, seed=0, latent=None, positive=None, negative=None, **settings):
+        """Latents (B, 4, H/8, W/8) after KSampler's two Euler steps; size is (width, height) in pixels."""
+        latent = latent or {"samples": torch.zeros(batch, 4, size[1] // 8, size[0] // 8)}
+        torch.manual_seed(seed)  # ToMe draws from the global generator
+        conditions = (positive or self.positive, negative or self.negative)
+        return self.host.sample(model or self.model, *conditions, latent, seed=seed, **settings)
+
+
+def relate(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Norm of the difference over the norm of the expected, infinite where something is no number."""
+    if found.shape != expected.shape or not found.isfinite().all():
+        return float("inf")
+    return ((found - expected).double().norm() / expected.double().norm()).item()
+
+
+def write_checkpoint(path: Path) -> Path:
+    """A mini SD-2.1 checkpoint of random weights, none of them zero, so that every part of it shows in a picture."""
+    from dkd_trainer.mini.autoencoder import Autoencoder
+    from dkd_trainer.mini.export import save_checkpoint
+    from dkd_trainer.mini.model import build_text_encoder, build_unet
+
+    torch.manual_seed(0)
+    unet = build_unet()
+    for weight in unet.parameters():
+        if weight.ndim > 1:
+            torch.nn.init.normal_(weight, std=weight[0].numel() ** -0.5)
+    save_checkpoint(path, unet, build_text_encoder(), Autoencoder(), set(range(49408)), {})
+    return path
+
+
+@pytest.fixture(scope="session")
+def host(tmp_path_factory):
+    if importlib.util.find_spec("comfy") is None:
+        pytest.skip("ComfyUI is not importable; put its folder on PYTHONPATH")
+    from workflows.inprocess import boot
+
+    host = boot(tmp_path_factory.mktemp("comfyui"), cpu=True)
+    for name in EXTRAS:
+        host.load_extra(name)
+    return host
+
+
+@pytest.fixture(scope="session")
+def pack(host):
+    """This repository, loaded as ComfyUI loads a custom node pack."""
+    return host.load_pack(ROOT)
+
+
+@pytest.fixture(scope="session")
+def studio(host, pack, tmp_path_factory):
+    import folder_paths
+
+    checkpoint = SHIPPED
+    if not checkpoint.is_file():
+        checkpoint = write_checkpoint(tmp_path_factory.mktemp("checkpoint") / "random-mini-sd21.safetensors")
+    return Studio(host, Path(folder_paths.base_path), checkpoint)
+
+
+@pytest.fixture(scope="session")
+def student(studio):
+    return studio.load_student("first")
+
+
+@pytest.fixture(scope="session")
+def undisturbed(studio):
+    """What the teacher draws before anything else has touched it."""
+    return studio.draw()

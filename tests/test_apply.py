@@ -1,0 +1,195 @@
+"""Apply DHA in a real ComfyUI: what it changes, what it leaves alone, and what ComfyUI's memory management sees of it."""
+
+import copy
+import gc
+import hashlib
+import weakref
+
+import pytest
+import torch
+from conftest import relate
+
+LATENT_SIZES = {"square": (128, 128), "wide": (192, 128), "odd": (136, 88), "tall": (64, 256)}
+
+
+def hash_weights(model) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.model.state_dict().items()):
+        digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def record_steps(studio, model, **settings) -> list[torch.Tensor]:
+    """The denoised latents of every sampling step."""
+    steps, model = [], model.clone()
+
+    def keep(arguments):
+        steps.append(arguments["denoised"].clone())
+        return arguments["denoised"]
+
+    model.set_model_sampler_post_cfg_function(keep)
+    studio.draw(model, **settings)
+    return steps
+
+
+def find_loaded(module) -> list:
+    """ComfyUI's entries for a module among the models it holds in memory."""
+    import comfy.model_management
+
+    return [m for m in comfy.model_management.current_loaded_models if m.model is not None and m.model.model is module]
+
+
+@pytest.mark.parametrize("settings", [{"budget": 0.0}, {"start": 1.0}, {"start": 0.5, "end": 0.5}, {"start": 0.7, "end": 0.2}])
+def test_nothing_asked_is_the_same_model(studio, student, settings):
+    assert studio.apply(student=student, **settings) is studio.model
+
+
+@pytest.mark.parametrize("trained", [False, True], ids=["training-free", "student"])
+def test_leaves_no_trace(studio, student, undisturbed, trained):
+    options, weights = copy.deepcopy(studio.model.model_options), hash_weights(studio.model)
+    patched = studio.apply(student=student if trained else None)
+    drawn = studio.draw(patched)
+    assert 1e-4 < relate(drawn, undisturbed) < 1.5, "the student is not seen, or not sane"
+    assert studio.model.model_options == options
+    assert not studio.model.patches and not studio.model.object_patches and not studio.model.additional_models
+    assert hash_weights(studio.model) == weights
+    assert torch.equal(studio.draw(), undisturbed)
+    assert torch.equal(studio.draw(patched), drawn), "the same seed gives another picture"
+    del patched
+    assert torch.equal(studio.draw(), undisturbed)
+
+
+def test_student_differs_from_training_free(studio, student):
+    assert relate(studio.draw(studio.apply(student=student)), studio.draw(studio.apply(levels="two finest"))) > 1e-4
+
+
+@pytest.mark.parametrize("levels", ["auto", "finest", "two finest", "three finest", "all"])
+def test_levels(studio, undisturbed, levels):
+    drawn = studio.draw(studio.apply(levels=levels))
+    assert 1e-4 < relate(drawn, undisturbed) < 1.5
+    if levels == "auto":
+        assert torch.equal(drawn, studio.draw(studio.apply(levels="two finest")))
+
+
+def test_more_tokens_are_closer(studio, undisturbed):
+    errors = [relate(studio.draw(studio.apply(levels="all", budget=b), steps=1), studio.draw(steps=1)) for b in (0.1, 0.5, 1.0)]
+    assert errors[0] > errors[1] > errors[2]
+    assert errors[2] < 1e-5, "every token is a key: this is plain attention"
+
+
+def test_every_token_with_a_student_is_the_teacher(studio, student, undisturbed):
+    assert relate(studio.draw(studio.apply(student=student, budget=1.0)), undisturbed) < 1e-5
+
+
+@pytest.mark.parametrize(("start", "end"), [(0.5, 1.0), (0.0, 0.5)])
+def test_percent_window(studio, student, start, end):
+    patched = studio.apply(student=student, start=start, end=end)
+    exact, ours = (record_steps(studio, model, steps=4) for model in (studio.model, patched))
+    if start:
+        assert all(torch.equal(a, b) for a, b in zip(exact[:2], ours[:2], strict=True))
+        assert relate(ours[2], exact[2]) > 1e-5
+    else:
+        assert relate(ours[0], exact[0]) > 1e-5
+        whole = record_steps(studio, studio.apply(student=student), steps=4)
+        assert all(torch.equal(a, b) for a, b in zip(whole[:2], ours[:2], strict=True))
+        assert relate(ours[3], whole[3]) > 1e-5
+
+
+@pytest.mark.parametrize("size", LATENT_SIZES.values(), ids=list(LATENT_SIZES))
+def test_sizes(studio, student, size):
+    drawn = studio.draw(studio.apply(student=student), size=size)
+    assert drawn.shape == (1, 4, size[1] // 8, size[0] // 8)
+    assert 1e-4 < relate(drawn, studio.draw(size=size)) < 1.5
+
+
+@pytest.mark.parametrize("cfg", [1.0, 5.0])
+def test_batch(studio, student, cfg):
+    """Pictures of a batch do not see each other, nor do the two halves of guidance."""
+    patched = studio.apply(student=student)
+    batch = studio.draw(patched, batch=3, cfg=cfg)
+    assert relate(batch, studio.draw(batch=3, cfg=cfg)) > 1e-4
+    noise = {"samples": torch.zeros(1, 4, 16, 16)}
+    alone = [studio.draw(patched, latent={**noise, "batch_index": [n]}, cfg=cfg) for n in range(3)]
+    assert relate(batch, torch.cat(alone)) < 1e-4
+
+
+def test_guidance_goes_the_right_way(studio, student):
+    """Prompt and negative prompt are told apart: guidance scale 1 is the prompt alone, 0 the negative prompt alone."""
+    patched = studio.apply(student=student)
+    swapped = {"positive": studio.negative, "negative": studio.positive}
+    assert relate(studio.draw(patched, cfg=0.0), studio.draw(patched, cfg=1.0, **swapped)) < 1e-4
+    assert relate(studio.draw(patched, cfg=5.0), studio.draw(patched, cfg=5.0, **swapped)) > 1e-3
+
+
+def test_image_to_image(studio, student):
+    latent = {"samples": torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(1))}
+    patched = studio.apply(student=student)
+    drawn = studio.draw(patched, latent=latent, denoise=0.5)
+    assert relate(drawn, studio.draw(latent=latent, denoise=0.5)) > 1e-5
+
+
+def test_inpainting(studio, student):
+    latent = {"samples": torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(1))}
+    mask = torch.zeros(1, 128, 128)
+    mask[:, :, 64:] = 1
+    latent = studio.call("SetLatentNoiseMask", samples=latent, mask=mask)
+    drawn = studio.draw(studio.apply(student=student), latent=latent)
+    assert relate(drawn[..., :7], latent["samples"][..., :7]) < 1e-4, "outside the mask nothing changes"
+    assert relate(drawn[..., 9:], studio.draw(latent=latent)[..., 9:]) > 1e-5
+
+
+def test_two_students_in_one_workflow(studio, student):
+    other = studio.load_student("second", seed=1)
+    first, second = (studio.apply(student=s) for s in (student, other))
+    drawn = studio.draw(first), studio.draw(second)
+    assert relate(*drawn) > 1e-4
+    assert torch.equal(studio.draw(first), drawn[0]) and torch.equal(studio.draw(second), drawn[1])
+
+
+def test_clone_shares_weights(studio, student):
+    patched = studio.apply(student=student)
+    cloned = patched.clone()
+    assert patched.model is studio.model.model and cloned.model is studio.model.model
+    (inner,) = cloned.get_additional_models()
+    assert inner.model is student.patcher.model
+    assert torch.equal(studio.draw(cloned), studio.draw(patched))
+
+
+def test_memory_is_counted_and_freed(studio):
+    import comfy.model_management
+
+    loaded = studio.load_student("passing", seed=2)
+    module, size = weakref.ref(loaded.patcher.model), loaded.patcher.model_size()
+    assert size == sum(p.numel() * p.element_size() for p in loaded.patcher.model.parameters()) > 0
+    patched = studio.apply(student=loaded)
+    studio.draw(patched)
+    (entry,) = find_loaded(module())
+    assert entry.model_memory() == size
+    del entry
+    comfy.model_management.unload_all_models()
+    assert not find_loaded(module())
+    studio.draw(patched)
+    assert find_loaded(module()), "a freed student does not come back"
+    comfy.model_management.free_memory(1e30, studio.model.load_device)
+    assert not find_loaded(module())
+    del patched, loaded
+    gc.collect()
+    assert module() is None, "something still holds the student's weights"
+
+
+def test_models_folder_is_known(studio, student):
+    import folder_paths
+
+    assert "first.safetensors" in folder_paths.get_filename_list("dha")
+    folders = list(folder_paths.get_folder_paths("dha")), list(folder_paths.get_folder_paths("checkpoints"))
+    studio.host.load_pack(__import__("conftest").ROOT)
+    assert folders == (folder_paths.get_folder_paths("dha"), folder_paths.get_folder_paths("checkpoints"))
+
+
+def test_changed_file_is_loaded_again(studio):
+    node = studio.host.nodes.NODE_CLASS_MAPPINGS["LoadDHAStudent"]
+    name = studio.write_student("changing").name
+    before = node.fingerprint_inputs(student_name=name)
+    assert node.fingerprint_inputs(student_name=name) == before
+    studio.write_student("changing", seed=5)
+    assert node.fingerprint_inputs(student_name=name) != before
