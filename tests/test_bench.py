@@ -132,12 +132,12 @@ def test_time_is_shared_by_work(monkeypatch):
 
 def make_run() -> Run:
     records = [
-        Record("unpatched", "as it is", 100, 0.0, [4.0, 6.0, 10.0], 3_000_000_000, 5),
-        Record("dha-0.125", "ours", 20, 0.1, [2.0, 2.0, 4.0], 2_000_000_000, 4),
+        Record("unpatched", "as it is", 100, 0.0, 9.0, [4.0, 6.0, 10.0], 3_000_000_000, 5),
+        Record("dha-0.125", "ours", 20, 0.1, 3.0, [2.0, 2.0, 4.0], 2_000_000_000, 4),
     ]
     machine = {"device": "Some GPU", "comfyui": "0", "torch": "0", "commit": "0", "command": "c"}
     settings = {"weights": "w", "dtype": "fp16", "batch": 1, "note": "n"}
-    return Run(machine, settings, [SizeResult(Size(512, 512), 1, records, 1.0)])
+    return Run(machine, settings, [SizeResult(Size(512, 512), 1, records)])
 
 
 def test_ratio_is_the_median_of_ratios_within_a_round():

@@ -5,7 +5,6 @@ import json
 import os
 import platform
 import subprocess
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median, quantiles
@@ -51,6 +50,7 @@ def summarise_record(record: Record, unpatched: Record) -> dict[str, Any]:
         "relative_difference_to_unpatched": record.difference,
         "peak_memory_bytes": record.peak_memory,
         "step_memory_bytes": record.step_memory,
+        "warm_up_seconds": record.warm_up_seconds,
         "laps_seconds_per_step": record.seconds,
     }
 
@@ -64,7 +64,6 @@ def summarise(run: Run) -> dict[str, Any]:
             "tokens": result.size.tokens,
             "rounds": len(result.records[0].seconds),
             "steps_per_lap": result.steps_per_lap,
-            "warm_up_seconds": result.warm_up_seconds,
             "subjects": [summarise_record(record, result.records[0]) for record in result.records],
         }
         for result in run.results
@@ -118,14 +117,12 @@ def describe_machine(device: torch.device, comfyui: str, command: str) -> dict[s
 def write_whole(path: Path, content: bytes) -> None:
     """Replace a file at once: a crash leaves the old one or none."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
+        partial.write_bytes(content)
         os.replace(partial, path)
-    except BaseException:
-        Path(partial).unlink(missing_ok=True)
-        raise
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def write_report(out: Path, stem: str, run: Run) -> dict[str, Any]:
