@@ -88,7 +88,7 @@ class Runner:
         if sys.stdout.isatty():
             print(f"\r\033[K{self.title} ... {state}", end=end, flush=True)
         elif end or not state:
-            print(f"{self.title} ... {state}", flush=True)
+            print(f"{self.title} ... {state}".rstrip(), flush=True)
 
 
 def create_venv(run: Runner) -> None:
@@ -103,7 +103,9 @@ def create_venv(run: Runner) -> None:
 
 def install_packages(name: str, *arguments: str, file: Path | None = None) -> Step:
     """A step that runs `pip install` in the environment; the text of the requirements file counts as well."""
-    command = [str(PYTHON), "-I", "-m", "pip", "install", "--no-input", "--disable-pip-version-check", *arguments]
+    # Without --no-compile half of the time would go into bytecode that mostly nobody reads.
+    quiet = ("--no-input", "--disable-pip-version-check", "--no-compile")
+    command = [str(PYTHON), "-I", "-m", "pip", "install", *quiet, *arguments]
 
     def run(runner: Runner) -> None:
         drop_half_installed(find_site_packages())
