@@ -9,6 +9,7 @@ from ..mini.packages import ICON_SETS
 from ..mini.scenes import BACKGROUNDS
 
 CANDIDATES = 64
+ASPECTS = ("style", "background", "arrangement", "objects")
 PAIRS = ("left", "above", "checkerboard")
 ARRANGEMENTS = {"left": r"(.+?) left of (.+)", "above": r"(.+?) above (.+)", "mirrored": "two mirrored (.+)()"}
 
