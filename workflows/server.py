@@ -5,7 +5,6 @@ import contextlib
 import json
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -109,15 +108,13 @@ class Server:
 
     def stop(self) -> None:
         """End this server's own process: politely, then not."""
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGINT if os.name == "posix" else signal.SIGTERM)
-            for harder in (self.process.terminate, self.process.kill):
-                try:
-                    self.process.wait(8)
-                    break
-                except subprocess.TimeoutExpired:
-                    harder()
-        self.process.wait()
+        # Not SIGINT, which a process started in the background ignores.
+        self.process.terminate()
+        try:
+            self.process.wait(10)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
 
     def _request(self, request: urllib.request.Request, timeout: float) -> Any:
         try:

@@ -37,7 +37,10 @@ def check_out(out: Path) -> None:
 def draw_contact_sheet(results: Results) -> Image.Image:
     """One row a prompt: original, student, difference, twice as large, with the prompt above."""
     pictures = [Image.open(io.BytesIO(item.comparison)).convert("RGB") for item in results.comparisons]
-    pictures = [picture.resize((picture.width * SCALE, picture.height * SCALE), Image.LANCZOS) for picture in pictures]
+    pictures = [
+        picture.resize((picture.width * SCALE, picture.height * SCALE), Image.Resampling.LANCZOS)
+        for picture in pictures
+    ]
     width = max(picture.width for picture in pictures)
     sheet = Image.new("RGB", (width, BAR + sum(picture.height + BAR for picture in pictures)), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(15)
