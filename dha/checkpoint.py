@@ -22,7 +22,9 @@ class StudentFileError(ValueError):
     """The file is no student, or none for this use; says what was found, what was expected and what to do."""
 
 
-def save_student(path: Path, student: Student, teacher: str, prediction: str = "eps", training: Mapping | None = None) -> None:
+def save_student(
+    path: Path, student: Student, teacher: str, prediction: str = "eps", training: Mapping | None = None
+) -> None:
     """Write a student in half precision; `teacher` is `fingerprint`'s text, `training` a JSON-able record.
 
     A crash leaves the old file or none. Raises StudentFileError when a weight is not finite.
@@ -30,14 +32,11 @@ def save_student(path: Path, student: Student, teacher: str, prediction: str = "
     weights = {k: v.detach().to("cpu", torch.float16).contiguous() for k, v in student.named_weights().items()}
     if bad := [name for name, tensor in weights.items() if not torch.isfinite(tensor).all()]:
         raise StudentFileError(f"{bad[0]} (of {len(bad)}) is not finite in fp16; the student was not saved")
-    architecture = student.architecture
     metadata = {
         "format": FORMAT,
         "version": str(VERSION),
         "config": student.config.to_json(),
-        "architecture": json.dumps(
-            {"channels": dict(architecture.channels), "embedding": architecture.embedding, "context": architecture.context}
-        ),
+        "architecture": describe_architecture(student.architecture),
         "prediction": prediction,
         "teacher": teacher,
         "training": json.dumps(training or {}),
@@ -55,8 +54,14 @@ def save_student(path: Path, student: Student, teacher: str, prediction: str = "
         raise
 
 
+def describe_architecture(architecture: Architecture) -> str:
+    """The architecture entry, which `parse_architecture` reads."""
+    widths = {"embedding": architecture.embedding, "context": architecture.context}
+    return json.dumps({"channels": dict(architecture.channels), **widths})
+
+
 def load_student(path: Path, operations=nn, head_width: int = 64, dtype: torch.dtype = torch.float32) -> Student:
-    """Read and check a student file, weights in `dtype`; raises StudentFileError with one clear sentence for every wrong file."""
+    """Read and check a student file, weights in `dtype`; raises StudentFileError for every wrong file."""
     metadata, weights = read_file(path)
     check_format(path, metadata)
     config, architecture = read_description(path, metadata)
@@ -89,8 +94,8 @@ def read_file(path: Path, tensors: bool = True) -> tuple[dict[str, str], dict[st
             return file.metadata() or {}, weights
     except (SafetensorError, OSError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         raise StudentFileError(
-            f"{path.name} is not a whole safetensors file ({shorten(error)}); it may be a cut-off download or another kind of file "
-            "renamed: download it again"
+            f"{path.name} is not a whole safetensors file ({shorten(error)}); it may be a cut-off download or another "
+            "kind of file renamed: download it again"
         ) from error
 
 
@@ -103,7 +108,9 @@ def check_format(path: Path, metadata: Mapping[str, str]) -> None:
         )
     version = metadata.get("version", "")
     if not (version.isascii() and version.isdigit()) or len(version) > 9:
-        raise StudentFileError(f"{path.name} has version {version[:20]!r}, expected a number up to {VERSION}; get the file again")
+        raise StudentFileError(
+            f"{path.name} has version {version[:20]!r}, expected a number up to {VERSION}; get the file again"
+        )
     if int(version) > VERSION or int(version) < 1:
         raise StudentFileError(
             f"{path.name} has version {version}, this pack reads up to {VERSION}; update the pack to use this student"
@@ -116,8 +123,8 @@ def read_description(path: Path, metadata: Mapping[str, str]) -> tuple[DHAConfig
         return DHAConfig.from_json(metadata.get("config", "")), parse_architecture(metadata.get("architecture", ""))
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise StudentFileError(
-            f"{path.name}: its description cannot be read ({shorten(error)}); it was damaged or written by another program: "
-            "get the file again"
+            f"{path.name}: its description cannot be read ({shorten(error)}); it is damaged or comes from another "
+            "program: get the file again"
         ) from error
 
 
@@ -148,8 +155,8 @@ def check_heads(path: Path, config: DHAConfig, architecture: Architecture, head_
     odd = sorted(width for width in set(architecture.channels.values()) if width % head_width)
     if config.mode == "official" and odd:
         raise StudentFileError(
-            f"{path.name} is a student of mode 'official' with layers {odd[0]} wide, expected multiples of the head width "
-            f"{head_width}; use a student of mode 'hybrid' for this architecture"
+            f"{path.name} is a student of mode 'official' with layers {odd[0]} wide, expected multiples of the head "
+            f"width {head_width}; use a student of mode 'hybrid' for this architecture"
         )
 
 
@@ -164,12 +171,17 @@ def check_weights(path: Path, expected: Mapping[str, Tensor], found: Mapping[str
     for name, tensor in found.items():
         if tensor.shape != expected[name].shape:
             raise StudentFileError(
-                f"{path.name}: {name} has shape {tuple(tensor.shape)}, expected {tuple(expected[name].shape)}; get the file again"
+                f"{path.name}: {name} has shape {tuple(tensor.shape)}, expected {tuple(expected[name].shape)}; "
+                "get the file again"
             )
         if not tensor.is_floating_point():
-            raise StudentFileError(f"{path.name}: {name} is {tensor.dtype}, expected a floating-point type; get the file again")
+            raise StudentFileError(
+                f"{path.name}: {name} is {tensor.dtype}, expected a floating-point type; get the file again"
+            )
         if not torch.isfinite(tensor.to(torch.float16)).all():  # fp16 is what a GPU computes in
-            raise StudentFileError(f"{path.name}: {name} holds values that are not finite numbers in fp16; get the file again")
+            raise StudentFileError(
+                f"{path.name}: {name} holds values that are not finite numbers in fp16; get the file again"
+            )
 
 
 def check_architecture(name: str, student: Architecture, model: Architecture) -> None:
@@ -182,7 +194,7 @@ def check_architecture(name: str, student: Architecture, model: Architecture) ->
 
 
 def fingerprint(state: Mapping[str, Tensor]) -> str:
-    """A short hash of a teacher's self-attention weights, in half precision: says which checkpoint a student came from."""
+    """A short hash of a teacher's self-attention weights in half precision: which checkpoint a student came from."""
     digest = hashlib.sha256()
     for site in SITES:
         for part in ("to_q", "to_k", "to_v"):

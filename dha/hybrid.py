@@ -112,7 +112,7 @@ class HybridSite(nn.Module):
             return False
         if plan.chosen:  # while training, the scores' gradient flows through the bias
             return not (torch.is_grad_enabled() or (plan.coarse and self.weighted))
-        return not self.weighted or (plan.height % plan.stride == 0 and plan.width % plan.stride == 0)
+        return not self.weighted or (plan.height % plan.strides[0] == 0 and plan.width % plan.strides[1] == 0)
 
 
 def straight_through(scores: Tensor) -> Tensor:

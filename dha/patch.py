@@ -1,4 +1,4 @@
-"""A student as plain callables of ComfyUI's UNet patch protocol; no host is imported, the trainer uses the same ones."""
+"""A student as plain callables of ComfyUI's UNet patch protocol; it imports no host, the trainer uses the same ones."""
 
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -106,8 +106,8 @@ def make_patches(
             return call.site.correct("out", out)
         if call.output.shape != out.shape:
             raise RuntimeError(
-                f"a patch after this student tiled or merged its queries to {tuple(out.shape)}, expected {tuple(call.output.shape)}; "
-                "students of mode 'official' bring their own attention: put HyperTile or ToMe before Apply DHA, or leave it out"
+                f"a later patch tiled or merged queries to {tuple(out.shape)}, expected {tuple(call.output.shape)}; "
+                "students of mode 'official' bring their own attention: put HyperTile or ToMe before Apply DHA"
             )
         return call.output
 
@@ -124,7 +124,7 @@ def find_owned(options: dict, blocks: Iterable[tuple[str, int]], replace: Callab
 
 
 def is_whole(context: Tensor, emb: Tensor, options: dict) -> bool:
-    """Whether the context still is one picture per time embedding: (B, H*W, C), not tiled or merged by another patch."""
+    """Whether the context still is one picture per time embedding: (B, H*W, C), not tiled or merged by others."""
     shape = options.get("activations_shape")
     return shape is not None and context.shape[0] == emb.shape[0] and context.shape[1] == shape[-2] * shape[-1]
 

@@ -38,14 +38,15 @@ def list_keys(site: HybridSite, x: Tensor, emb: Tensor, plan: ContextPlan) -> tu
         chosen = sorted(range(len(x)), key=lambda n: -scores[n].item())[: plan.chosen]
         keys += [x[n] for n in chosen]
         weights += [scores[n] - scores[n].detach() for n in chosen]
-    for top in range(0, plan.height if plan.stride else 0, plan.stride or 1):
-        for left in range(0, plan.width, plan.stride):
+    down, across = plan.strides
+    for top in range(0, plan.height if down else 0, down or 1):
+        for left in range(0, plan.width, across):
             members = [
                 row * plan.width + column
-                for row in range(top, min(top + plan.stride, plan.height))
-                for column in range(left, min(left + plan.stride, plan.width))
+                for row in range(top, min(top + down, plan.height))
+                for column in range(left, min(left + across, plan.width))
             ]
-            row, column = (min(a + plan.stride // 2, s - 1) for a, s in ((top, plan.height), (left, plan.width)))
+            row, column = min(top + down // 2, plan.height - 1), min(left + across // 2, plan.width - 1)
             count = sum(n not in chosen for n in members) if site.weighted else 1
             if count:
                 keys.append(x[row * plan.width + column])

@@ -10,11 +10,14 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class ContextPlan:
-    """Keys of one level: a grid with one token per `stride` x `stride` cell of `height` x `width`, and `chosen` others."""
+    """Keys of one level: a grid with one token per cell of `strides` (down, across) tokens, and `chosen` others.
+
+    Strides of 0 mean no grid.
+    """
 
     height: int
     width: int
-    stride: int
+    strides: tuple[int, int]
     chosen: int
 
     @property
@@ -23,10 +26,10 @@ class ContextPlan:
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Cells down and across; 0 cells without a grid (stride 0)."""
-        if not self.stride:
+        """Cells down and across, the last ones cut by the border."""
+        if not all(self.strides):
             return 0, 0
-        return math.ceil(self.height / self.stride), math.ceil(self.width / self.stride)
+        return math.ceil(self.height / self.strides[0]), math.ceil(self.width / self.strides[1])
 
     @property
     def coarse(self) -> int:
@@ -42,26 +45,31 @@ def plan_context(height: int, width: int, budget: float, coarse_share: float, ma
     keys = max(1, min(round(budget * tokens), max_tokens, tokens))
     allowance = keys * coarse_share if routed else keys
     if allowance < 1:
-        return ContextPlan(height, width, 0, keys)
+        return ContextPlan(height, width, (0, 0), keys)
     stride = 1
-    while math.ceil(height / stride) * math.ceil(width / stride) > allowance:
+    while True:  # square cells first, then nearly square ones, the finest that fits
+        for strides in ((stride, stride), (stride, stride + 1), (stride + 1, stride)):
+            plan = ContextPlan(height, width, strides, 0)
+            if plan.coarse <= allowance:
+                return ContextPlan(height, width, strides, keys - plan.coarse if routed else 0)
         stride += 1
-    coarse = math.ceil(height / stride) * math.ceil(width / stride)
-    return ContextPlan(height, width, stride, keys - coarse if routed else 0)
 
 
 def coarse_indices(plan: ContextPlan, device: torch.device) -> Tensor:
     """Token numbers (coarse,) of the grid: the middle of each cell, clipped to the picture."""
     rows, columns = (
-        (torch.arange(cells, device=device) * plan.stride + plan.stride // 2).clamp(max=size - 1)
-        for cells, size in zip(plan.grid, (plan.height, plan.width), strict=True)
+        (torch.arange(cells, device=device) * stride + stride // 2).clamp(max=size - 1)
+        for cells, stride, size in zip(plan.grid, plan.strides, (plan.height, plan.width), strict=True)
     )
     return (rows[:, None] * plan.width + columns).flatten()
 
 
 def cell_of_token(plan: ContextPlan, device: torch.device) -> Tensor:
     """Number of the grid cell (N,) that each token lies in."""
-    rows, columns = (torch.arange(size, device=device) // plan.stride for size in (plan.height, plan.width))
+    rows, columns = (
+        torch.arange(size, device=device) // stride
+        for stride, size in zip(plan.strides, (plan.height, plan.width), strict=True)
+    )
     return (rows[:, None] * plan.grid[1] + columns).flatten()
 
 

@@ -18,7 +18,7 @@ def stride_keys(stride: int) -> Builder:
     """One real token per cell (ToDo's nearest down-sampling, but from the middle of the cell)."""
 
     def build(x, h, w, _mass):
-        plan = ContextPlan(h, w, stride, 0)
+        plan = ContextPlan(h, w, (stride, stride), 0)
         return x.index_select(1, coarse_indices(plan, x.device)), None
 
     return build
@@ -38,7 +38,7 @@ def grid_and_chosen(stride: int, share: float, by: str, weighted: bool = True) -
     """A strided grid plus a share of all tokens, chosen `random`ly or by attention `mass`; grid keys carry their weight or not."""
 
     def build(x, h, w, mass):
-        plan = ContextPlan(h, w, stride, max(1, round(share * h * w)))
+        plan = ContextPlan(h, w, (stride, stride), max(1, round(share * h * w)))
         scores = mass if by == "mass" else torch.rand_like(mass)
         chosen = scores.topk(plan.chosen, dim=1).indices
         keys = torch.cat([x.gather(1, chosen[..., None].expand(-1, -1, x.shape[-1])), x.index_select(1, coarse_indices(plan, x.device))], 1)

@@ -69,7 +69,7 @@ def test_fast_path_matches_the_oracle_in_outputs_and_gradients(name, height, wid
 def test_every_token_chosen_is_plain_attention(height, width):
     site, layer = make_layer(router_width=8)
     x, emb = torch.randn(2, height * width, CHANNELS), torch.randn(2, EMBEDDING)
-    plan = ContextPlan(height, width, stride=0, chosen=height * width)
+    plan = ContextPlan(height, width, strides=(0, 0), chosen=height * width)
     fast = attend_fast(site, layer, x, emb, plan)
     plain = layer["to_out"](plain_attention(layer["to_q"](x), layer["to_k"](x), layer["to_v"](x), {"n_heads": HEADS}, None))
     torch.testing.assert_close(fast, plain, atol=1e-6, rtol=0)
@@ -78,7 +78,7 @@ def test_every_token_chosen_is_plain_attention(height, width):
 def test_stride_one_grid_is_plain_attention():
     site, layer = make_layer()
     x, emb = torch.randn(2, 63, CHANNELS), torch.randn(2, EMBEDDING)
-    fast = attend_fast(site, layer, x, emb, ContextPlan(7, 9, stride=1, chosen=0))
+    fast = attend_fast(site, layer, x, emb, ContextPlan(7, 9, strides=(1, 1), chosen=0))
     plain = layer["to_out"](plain_attention(layer["to_q"](x), layer["to_k"](x), layer["to_v"](x), {"n_heads": HEADS}, None))
     torch.testing.assert_close(fast, plain, atol=1e-6, rtol=0)
 
@@ -86,7 +86,7 @@ def test_stride_one_grid_is_plain_attention():
 def test_grid_keeps_its_weight_in_the_normaliser():
     """With constant values per kind, the mass on chosen keys must be that of plain attention when all keys are alike."""
     site, _ = make_layer(router_width=8)
-    plan = ContextPlan(8, 8, stride=4, chosen=8)
+    plan = ContextPlan(8, 8, strides=(4, 2), chosen=8)
     with torch.no_grad():
         _, weights = site.build_context(torch.randn(2, 64, CHANNELS), torch.randn(2, EMBEDDING), plan)
     torch.testing.assert_close(weights.exp().sum(1), torch.full((2,), 64.0))
@@ -95,7 +95,7 @@ def test_grid_keeps_its_weight_in_the_normaliser():
 def test_router_receives_a_gradient():
     site, layer = make_layer(router_width=8)
     x, emb = torch.randn(2, 64, CHANNELS), torch.randn(2, EMBEDDING)
-    attend_fast(site, layer, x, emb, ContextPlan(8, 8, 4, 6)).square().sum().backward()
+    attend_fast(site, layer, x, emb, ContextPlan(8, 8, (4, 4), 6)).square().sum().backward()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in site.router.parameters())
 
 
@@ -104,7 +104,7 @@ def test_fresh_student_equals_the_training_free_one_but_for_negligible_memory():
     site.start()
     free, _ = make_layer()
     x, emb = torch.randn(2, 64, CHANNELS), torch.randn(2, EMBEDDING)
-    plan = ContextPlan(8, 8, 2, 0)
+    plan = ContextPlan(8, 8, (2, 2), 0)
     with torch.no_grad():
         a, b = attend_fast(site, layer, x, emb, plan), attend_fast(free, layer, x, emb, plan)
     assert (a - b).norm() / b.norm() < 0.1
