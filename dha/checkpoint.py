@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from .config import DHAConfig
@@ -47,7 +47,7 @@ def save_student(
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        save_file(weights, partial, metadata=metadata)
+        partial.write_bytes(save(weights, metadata=metadata))  # `save_file` would keep other users from reading it
         os.replace(partial, path)
     except BaseException:
         partial.unlink(missing_ok=True)
@@ -152,7 +152,8 @@ def positive(value: object) -> int:
 
 def check_heads(path: Path, config: DHAConfig, architecture: Architecture, head_width: int) -> None:
     """Raise StudentFileError unless published students' own projections divide into heads."""
-    odd = sorted(width for width in set(architecture.channels.values()) if width % head_width)
+    widths = {architecture.channels[site.name] for site in SITES if site.level in config.levels}
+    odd = sorted(width for width in widths if width % head_width)
     if config.mode == "official" and odd:
         raise StudentFileError(
             f"{path.name} is a student of mode 'official' with layers {odd[0]} wide, expected multiples of the head "

@@ -25,8 +25,8 @@ class ApplyDHA(io.ComfyNode):
             display_name="Apply DHA",
             category="DHA",
             description=(
-                "Makes a Stable Diffusion 2.x model faster: every token still asks, but only a short list of tokens answers. "
-                "Works with LoRA, ControlNet, HyperTile and ToMe before or after it."
+                "Makes a Stable Diffusion 2.x model faster: every token still asks, but only a short list of tokens "
+                "answers. Works with LoRA, ControlNet, HyperTile and ToMe before or after it."
             ),
             inputs=[
                 io.Model.Input("model", tooltip="A Stable Diffusion 2.0 or 2.1 model, fine-tunes and LoRAs included."),
@@ -34,8 +34,8 @@ class ApplyDHA(io.ComfyNode):
                     "levels",
                     options=list(LEVELS),
                     default="auto",
-                    tooltip="Resolutions of the UNet to speed up. auto: those of the student; without one, the two finest. "
-                    "Nearly all of the cost is at the finest.",
+                    tooltip="Resolutions of the UNet to speed up. auto: those of the student; without one, the two "
+                    "finest. Nearly all of the cost is at the finest.",
                 ),
                 io.Float.Input(
                     "token_budget",
@@ -43,7 +43,8 @@ class ApplyDHA(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.005,
-                    tooltip="Share of the tokens that each token looks at. Lower is faster and less exact. 0 is the untouched model.",
+                    tooltip="Share of the tokens that each token looks at. Lower is faster and less exact. 0 is the "
+                    "untouched model.",
                 ),
                 io.Float.Input(
                     "start_percent",
@@ -51,14 +52,21 @@ class ApplyDHA(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.001,
-                    tooltip="When in the sampling to start, 0 at the first step. Raise it to keep the first steps, which decide "
-                    "the composition, exact.",
+                    tooltip="When in the sampling to start, 0 at the first step. Raise it to keep the first steps, "
+                    "which decide the composition, exact.",
                 ),
                 io.Float.Input(
-                    "end_percent", default=1.0, min=0.0, max=1.0, step=0.001, tooltip="When in the sampling to stop, 1 at the last step."
+                    "end_percent",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.001,
+                    tooltip="When in the sampling to stop, 1 at the last step.",
                 ),
                 DHA_STUDENT.Input(
-                    "student", optional=True, tooltip="From Load DHA Student. Without it the model is sped up untrained, less exactly."
+                    "student",
+                    optional=True,
+                    tooltip="From Load DHA Student. Without it the model is sped up untrained, less exactly.",
                 ),
             ],
             outputs=[io.Model.Output()],
@@ -72,10 +80,12 @@ class ApplyDHA(io.ComfyNode):
 
 
 def apply_student(model, loaded: LoadedStudent | None, levels, token_budget: float, start: float, end: float):
-    """A clone of the model that runs the student; raises ArchitectureError, StudentFileError or ValueError for misfits."""
+    """A clone of the model that runs the student; raises ArchitectureError, StudentFileError or ValueError."""
     architecture = read_architecture(model.model.diffusion_model.state_dict())
     if KEY in model.model_options["transformer_options"]:
-        raise ValueError("this model already went through Apply DHA; connect the model from before it, or remove one of the two")
+        raise ValueError(
+            "this model already went through Apply DHA; connect the model from before it, or remove one of the two"
+        )
     if loaded is None:
         student = Student(TRAINING_FREE if levels is None else DHAConfig(levels=levels), architecture)
     else:
@@ -106,7 +116,7 @@ def install(patched, patches: Patches) -> None:
 
 
 def attend(q, k, v, options, mask):
-    """The user's own attention kernel; where keys have weights, PyTorch's, since some kernels ignore a mask without a word."""
+    """The user's own attention kernel; where keys have weights, PyTorch's: some kernels silently ignore a mask."""
     kernel = optimized_attention if mask is None else attention_pytorch
     passed = {"transformer_options": options} if mask is None else {"mask": mask}
     return kernel(q, k, v, options["n_heads"], attn_precision=options.get("attn_precision"), **passed)
@@ -132,7 +142,9 @@ def find_replaced(model) -> set[tuple[str, int]]:
 def check_levels(name: str, student: Student, levels: tuple[int, ...] | None) -> None:
     """Raise ValueError when none of the asked levels was trained."""
     if levels is not None and not set(levels) & set(student.config.levels):
-        raise ValueError(f"{name} was trained for levels {student.config.levels} (0 is the finest), {levels} were asked for; use auto")
+        raise ValueError(
+            f"{name} was trained for levels {student.config.levels} (0 is the finest), not for {levels}; use auto"
+        )
 
 
 def warn_prediction(loaded: LoadedStudent, model) -> None:

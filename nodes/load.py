@@ -37,7 +37,8 @@ class LoadDHAStudent(io.ComfyNode):
                 io.Combo.Input(
                     "student_name",
                     options=folder_paths.get_filename_list(STUDENTS),
-                    tooltip="A student file in ComfyUI's models/dha folder. It fits checkpoints of the architecture it was trained for.",
+                    tooltip="A student file in ComfyUI's models/dha folder. It fits checkpoints of the architecture "
+                    "that it was trained for.",
                 )
             ],
             outputs=[DHA_STUDENT.Output(display_name="student")],

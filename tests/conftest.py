@@ -1,4 +1,4 @@
-"""A real ComfyUI in the test process, the mini SD-2.1 in it (of random weights where the trained one is not there), and students for it."""
+"""A real ComfyUI in the test process, with the mini SD-2.1, of random weights where it is not there, and students."""
 
 import importlib.util
 from pathlib import Path
@@ -20,7 +20,12 @@ TRAINED = DHAConfig(levels=(0, 1), memory=4, rank=4, router_width=16)
 def make_student(architecture: Architecture, seed: int = 0, config: DHAConfig = TRAINED) -> Student:
     """A student as if trained: corrections and memory large enough to be seen in a picture."""
     torch.manual_seed(seed)
-    student = Student(config, architecture).start()
+    student = Student(config, architecture)
+    if config.mode == "official":
+        for tensor in student.parameters():
+            torch.nn.init.normal_(tensor, std=0.1)
+        return student
+    student.start()
     with torch.no_grad():
         for name, tensor in student.named_parameters():
             if name.endswith("up.weight"):

@@ -103,7 +103,7 @@ def boot(base: Path, cpu: bool | None = None) -> Host:
 
 
 def import_nodes(root: Path) -> ModuleType:
-    """ComfyUI's top-level module `nodes`, also where a package of that name comes first on the path. Raises ImportError."""
+    """ComfyUI's top-level module `nodes`, even where another one comes first on the path; raises ImportError."""
     if "nodes" not in sys.modules:
         spec = importlib.util.spec_from_file_location("nodes", root / "nodes.py")
         sys.modules["nodes"] = importlib.util.module_from_spec(spec)
