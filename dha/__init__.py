@@ -1,1 +1,1 @@
-"""Dynamic Hybrid Attention: self-attention over a short context of real tokens and an external memory (pure PyTorch)."""
+"""Dynamic Hybrid Attention: self-attention over a short context of real and memory tokens (pure PyTorch)."""

@@ -17,10 +17,10 @@ class ConfigError(ValueError):
 class DHAConfig:
     """One student: where self-attention is replaced and by how much.
 
-    `levels` are UNet resolutions, 0 the finest. `token_budget` is the number of keys as a share of a level's tokens,
-    at most `max_tokens` of them; `coarse_share` of the keys form the strided grid, the router picks the others.
-    `memory` learned tokens, low-rank `deltas` of `rank` and a router `router_width` wide are the trained parts; 0 leaves
-    one out. `weighted` lets a grid token count for all the tokens it stands for. `sparsity` belongs to mode `official`.
+    `levels` are UNet resolutions, 0 the finest. `token_budget` is the share of a level's tokens that become keys, at
+    most `max_tokens` of them; `coarse_share` of the keys form the strided grid, the router picks the others. `memory`
+    learned tokens, low-rank `deltas` of `rank` and a router of `router_width` are the trained parts; 0 leaves one out.
+    `weighted` lets a grid token count for all the tokens it stands for. `sparsity` belongs to mode `official`.
     """
 
     mode: str = "hybrid"
@@ -48,13 +48,17 @@ class DHAConfig:
             f"different whole numbers from 0 (finest) to {LEVELS - 1}",
         )
         for name in ("token_budget", "sparsity"):
-            require(is_number(getattr(self, name)) and 0 < getattr(self, name) <= 1, name, getattr(self, name), "in (0, 1]")
+            require(
+                is_number(getattr(self, name)) and 0 < getattr(self, name) <= 1, name, getattr(self, name), "in (0, 1]"
+            )
         share = self.coarse_share
         require(is_number(share) and 0 <= share <= 1, "coarse_share", share, "in [0, 1]")
         for name in ("memory", "rank", "router_width"):
             value = getattr(self, name)
             require(type(value) is int and 0 <= value <= 4096, name, value, "a whole number from 0 to 4096")
-        require(type(self.max_tokens) is int and self.max_tokens >= 1, "max_tokens", self.max_tokens, "a whole number >= 1")
+        require(
+            type(self.max_tokens) is int and self.max_tokens >= 1, "max_tokens", self.max_tokens, "a whole number >= 1"
+        )
         require(type(self.weighted) is bool, "weighted", self.weighted, "true or false")
         require(set(self.deltas) <= set(DELTAS), "deltas", self.deltas, f"a selection of {DELTAS}")
 

@@ -41,7 +41,7 @@ class Memory(nn.Module):
 
 
 class Context(NamedTuple):
-    """Keys before projection (B, m, C) and what each adds to its attention logits (B or 1, m), None where that is zero."""
+    """Keys before projection (B, m, C) and what each adds to its logits (B or 1, m), None where that is zero."""
 
     tokens: Tensor
     log_weights: Tensor | None
@@ -95,7 +95,9 @@ class HybridSite(nn.Module):
             return Context(tokens, None)
         return Context(tokens, torch.cat([w.expand(len(x), -1) for w in weights], dim=1))
 
-    def forward(self, attention: nn.Module, attend: Callable, x: Tensor, emb: Tensor, plan: ContextPlan, heads: int) -> Tensor:
+    def forward(
+        self, attention: nn.Module, attend: Callable, x: Tensor, emb: Tensor, plan: ContextPlan, heads: int
+    ) -> Tensor:
         """One layer alone: x (B, N, C) through `attention`'s own to_q, to_k, to_v and to_out, with a short context.
 
         `attend(q, k, v, options, mask)` is as in `dha.patch`.

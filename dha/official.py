@@ -1,4 +1,4 @@
-"""Published DHA, exactly: sparse self-attention on routed tokens plus multi-head external attention (compatibility only)."""
+"""Published DHA, exactly: sparse attention on routed tokens plus external attention (for compatibility only)."""
 
 import torch
 import torch.nn.functional as F
@@ -8,7 +8,7 @@ ROUTINGS = ("dynamic", "static")
 
 
 class ExternalAttention(nn.Module):
-    """Attention to M learned slots per head, normalised over tokens first and slots second; state names as published."""
+    """Attention to M learned slots per head, normalised over tokens, then over slots; state names as published."""
 
     def __init__(self, channels: int, heads: int, slots: int, operations=nn):
         super().__init__()
@@ -46,14 +46,18 @@ class OfficialSite(nn.Module):
     `routing` is `dynamic` (scores <x_n, LN(g(t))>) or `static` (the first tokens).
     """
 
-    def __init__(self, channels: int, embedding: int, heads: int, sparsity: float = 0.5, routing: str = "dynamic", operations=nn):
+    def __init__(
+        self, channels: int, embedding: int, heads: int, sparsity: float = 0.5, routing: str = "dynamic", operations=nn
+    ):
         super().__init__()
         if routing not in ROUTINGS:
             raise ValueError(f"routing is {routing!r}, expected one of {ROUTINGS}")
         self.sparsity, self.routing = sparsity, routing
         self.sa_attn = SparseAttention(channels, heads, operations)
         self.ea_attn = ExternalAttention(channels, heads, channels // heads, operations)
-        self.gating_network = nn.Sequential(operations.Linear(embedding, 64), nn.SiLU(), operations.Linear(64, channels))
+        self.gating_network = nn.Sequential(
+            operations.Linear(embedding, 64), nn.SiLU(), operations.Linear(64, channels)
+        )
         self.global_alpha = nn.Parameter(torch.empty(()))
 
     def choose(self, x: Tensor, emb: Tensor) -> Tensor:

@@ -36,7 +36,9 @@ class ContextPlan:
         return self.grid[0] * self.grid[1]
 
 
-def plan_context(height: int, width: int, budget: float, coarse_share: float, max_tokens: int, routed: bool) -> ContextPlan:
+def plan_context(
+    height: int, width: int, budget: float, coarse_share: float, max_tokens: int, routed: bool
+) -> ContextPlan:
     """Spend a key budget: the finest grid within its share, the rest of the keys go to the router.
 
     `budget` is a share of the tokens, capped at `max_tokens` keys. Without a router (`routed` false) the grid gets all.
@@ -74,7 +76,7 @@ def cell_of_token(plan: ContextPlan, device: torch.device) -> Tensor:
 
 
 def rest_weights(plan: ContextPlan, chosen: Tensor | None, device: torch.device) -> Tensor:
-    """How many tokens each grid token stands for, (B or 1, coarse): those of its cell that were not chosen themselves."""
+    """How many tokens each grid token stands for, (B or 1, coarse): those of its cell that were not chosen."""
     cells = cell_of_token(plan, device)
     counts = torch.bincount(cells, minlength=plan.coarse).float()[None]
     if chosen is None or not plan.chosen:

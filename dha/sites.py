@@ -34,7 +34,7 @@ SITES = (
 
 @dataclass(frozen=True)
 class Architecture:
-    """Widths of a UNet: channels (and heads) of every site by name, width of the time embedding and of the text context."""
+    """Widths of a UNet: channels of every site by name, of the time embedding and of the text context."""
 
     channels: Mapping[str, int]
     embedding: int
@@ -56,7 +56,9 @@ def read_architecture(state: Mapping[str, torch.Tensor]) -> Architecture:
     if found != expected:
         raise ArchitectureError(describe_mismatch(found))
     if state["input_blocks.1.1.proj_in.weight"].ndim != 2:
-        raise ArchitectureError("this is a Stable Diffusion 1.x UNet (convolutional proj_in); DHA serves Stable Diffusion 2.x")
+        raise ArchitectureError(
+            "this is a Stable Diffusion 1.x UNet (convolutional proj_in); DHA serves 2.x"
+        )
     return Architecture(
         channels={site.name: state[f"{site.name}.to_q.weight"].shape[1] for site in SITES},
         embedding=state["time_embed.2.weight"].shape[0],
@@ -70,6 +72,6 @@ def describe_mismatch(found: set[str]) -> str:
     if not found:
         kind = "not a UNet with attention blocks (Flux, SD3 and other transformers are built differently)"
     return (
-        f"this model is {kind}: {len(found)} self-attentions were found, Stable Diffusion 2.x has {len(SITES)} at known "
-        "places; connect a Stable Diffusion 2.0 or 2.1 checkpoint"
+        f"this model is {kind}: {len(found)} self-attentions were found, Stable Diffusion 2.x has {len(SITES)} at "
+        "known places; connect a Stable Diffusion 2.0 or 2.1 checkpoint"
     )

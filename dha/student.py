@@ -51,7 +51,7 @@ class Student(nn.Module):
         return plan_context(height, width, budget, config.coarse_share, config.max_tokens, routed)
 
     def named_weights(self) -> dict[str, Tensor]:
-        """Tensors by site and part, as in the file: `output_blocks.9.1.transformer_blocks.0.attn1.router.enter.weight`."""
+        """Tensors by site and part, as in the file: `middle_block.1.transformer_blocks.0.attn1.router.enter.weight`."""
         names = {module_key(site): site.name for site in self.list_sites()}
         weights = {}
         for name, tensor in self.sites.state_dict().items():

@@ -1,4 +1,4 @@
-"""`python -m dkd_trainer.ablation`: the design questions of the hybrid context, answered on held-out pairs of the mini teacher."""
+"""`python -m dkd_trainer.ablation`: what each part of the hybrid context is worth, on held-out pairs."""
 
 import argparse
 import dataclasses
@@ -21,7 +21,9 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--count", type=int, default=256)
     parser.add_argument("--size", type=int, default=128)
     parser.add_argument("--levels", type=int, nargs="+", default=[0])
-    parser.add_argument("--transfer-steps", type=int, default=200, help="stage-1 steps of every trained row; 0 leaves them out")
+    parser.add_argument(
+        "--transfer-steps", type=int, default=200, help="stage-1 steps of every trained row; 0 leaves them out"
+    )
     parser.add_argument("--imitation-steps", type=int, default=0)
     parser.add_argument("--only", nargs="+", help="names of trained rows to run")
     parser.add_argument("--comfyui")
@@ -95,7 +97,9 @@ def main() -> None:
                 continue
             run = Run(config, args.transfer_steps, args.imitation_steps, batch=32)
             stem = name.replace(" ", "-").replace("/", "-").replace(",", "")
-            student = train_student(teacher, pairs, run, args.out / f"{stem}.safetensors", args.out / f"{stem}.state.pt")
+            student = train_student(
+                teacher, pairs, run, args.out / f"{stem}.safetensors", args.out / f"{stem}.state.pt"
+            )
             measure(f"trained {args.transfer_steps}+{args.imitation_steps}: {name}", student_options(student))
     record = {"command": " ".join(["python -m dkd_trainer.ablation", *sys.argv[1:]]), "commit": current_commit()}
     write_text(args.out / "ablation.json", json.dumps({**record, "pairs": args.count, "rows": rows}, indent=1))

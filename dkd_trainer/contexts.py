@@ -35,13 +35,19 @@ def pool_keys(stride: int) -> Builder:
 
 
 def grid_and_chosen(stride: int, share: float, by: str, weighted: bool = True) -> Builder:
-    """A strided grid plus a share of all tokens, chosen `random`ly or by attention `mass`; grid keys carry their weight or not."""
+    """A strided grid plus a share of all tokens, chosen `random`ly or by attention `mass`."""
 
     def build(x, h, w, mass):
         plan = ContextPlan(h, w, (stride, stride), max(1, round(share * h * w)))
         scores = mass if by == "mass" else torch.rand_like(mass)
         chosen = scores.topk(plan.chosen, dim=1).indices
-        keys = torch.cat([x.gather(1, chosen[..., None].expand(-1, -1, x.shape[-1])), x.index_select(1, coarse_indices(plan, x.device))], 1)
+        keys = torch.cat(
+            [
+                x.gather(1, chosen[..., None].expand(-1, -1, x.shape[-1])),
+                x.index_select(1, coarse_indices(plan, x.device)),
+            ],
+            1,
+        )
         if not weighted:
             return keys, None
         rest = rest_weights(plan, chosen, x.device).log()
@@ -65,7 +71,9 @@ def builder_options(teacher, builder: Builder, levels: tuple[int, ...]) -> dict:
         options["bias"] = None
         if site is None:
             return n, context, value
-        keys, options["bias"] = builder(context, *options["activations_shape"][-2:], attention_mass(teacher.attention(site), context))
+        keys, options["bias"] = builder(
+            context, *options["activations_shape"][-2:], attention_mass(teacher.attention(site), context)
+        )
         return n, keys, keys
 
     def attend(q, k, v, options):
@@ -77,11 +85,14 @@ def builder_options(teacher, builder: Builder, levels: tuple[int, ...]) -> dict:
 
 def window_options(side: int, levels: tuple[int, ...]) -> dict:
     """Attention inside `side` x `side` windows alone (HyperTile-like), at the given levels; sizes must divide."""
+
     def attend(q, k, v, options):
         h, w = options["activations_shape"][-2:]
 
         def cut(x):
-            return x.unflatten(1, (h // side, side, w // side, side)).transpose(2, 3).reshape(-1, side * side, x.shape[-1])
+            return (
+                x.unflatten(1, (h // side, side, w // side, side)).transpose(2, 3).reshape(-1, side * side, x.shape[-1])
+            )
 
         out = plain_attention(cut(q), cut(k), cut(v), options, None)
         out = out.reshape(len(q), h // side, w // side, side, side, -1).transpose(2, 3)

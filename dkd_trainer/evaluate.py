@@ -1,4 +1,4 @@
-"""`python -m dkd_trainer.evaluate`: teacher, training-free and distilled students on held-out pairs, as JSON, Markdown and a sheet."""
+"""`python -m dkd_trainer.evaluate`: teacher and students on held-out pairs, as JSON, Markdown and pictures."""
 
 import argparse
 import json
@@ -30,7 +30,7 @@ def read_arguments() -> argparse.Namespace:
 
 
 def list_subjects(teacher: Teacher, files: list[Path], budget: float | None) -> list:
-    """The teacher, the teacher with fewer steps (how much a harmless change costs), training-free, and every student."""
+    """The teacher, the teacher with fewer steps (a harmless change), training-free, and every student."""
     from dha.checkpoint import check_architecture, load_student
     from dha.config import DHAConfig
     from dha.student import Student
@@ -61,7 +61,7 @@ def to_markdown(rows: dict[str, dict]) -> str:
 
 
 def save_sheet(path: Path, pictures: list[torch.Tensor], columns: int = 12) -> None:
-    """One row per subject with the same prompts and seeds, and the difference to the first row, four times, below the last."""
+    """One row per subject with the same prompts and seeds; below, four times the last one's difference to the first."""
     shown = [p[:columns] for p in pictures]
     shown.append(((shown[-1] - shown[0]).abs() * 4).clamp(max=1))
     rows = [torch.cat(list(row), dim=2) for row in shown]
@@ -94,14 +94,22 @@ def main() -> None:
     net, scorer = load_feature_net(), load_prompt_scorer(args.scorer) if args.scorer else None
     rows, sheets, reference = {}, [], None
     for subject in list_subjects(teacher, args.students, args.token_budget):
-        errors = {} if not subject.options else {f"error {k}": v for k, v in measure_errors(teacher, subject, encoded).items()}
+        errors = (
+            {}
+            if not subject.options
+            else {f"error {k}": v for k, v in measure_errors(teacher, subject, encoded).items()}
+        )
         pictures = draw_pictures(teacher, subject, encoded, args.cfg)
         reference = pictures if reference is None else reference
         rows[subject.name] = {**errors, **compare_pictures(pictures, reference, real, prompts, net, scorer)}
         sheets.append(pictures)
         print(subject.name, json.dumps(rows[subject.name]), flush=True)
     rows["real pictures"] = compare_pictures(real, real, real, prompts, None, scorer)
-    record = {"command": " ".join(["python -m dkd_trainer.evaluate", *sys.argv[1:]]), "commit": current_commit(), "pairs": len(pairs)}
+    record = {
+        "command": " ".join(["python -m dkd_trainer.evaluate", *sys.argv[1:]]),
+        "commit": current_commit(),
+        "pairs": len(pairs),
+    }
     write_text(args.out / "evaluation.json", json.dumps({**record, "rows": rows}, indent=1))
     write_text(args.out / "evaluation.md", to_markdown(rows))
     save_sheet(args.out / "evaluation.png", sheets)

@@ -1,4 +1,4 @@
-"""How close a student is to its teacher: prediction error per timestep band, and pictures of the same prompt and seed."""
+"""How close a student is to its teacher: prediction error per timestep band, pictures of the same seed."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +12,12 @@ from .host import Teacher
 from .metrics.kernel_distance import estimate_distance
 from .metrics.pictures import psnr, ssim
 
-BANDS = ((0, 100), (100, 300), (300, 600), (600, 1000))  # timesteps; detail is decided in the first, composition in the last
+BANDS = (
+    (0, 100),
+    (100, 300),
+    (300, 600),
+    (600, 1000),
+)  # timesteps; detail is decided in the first, composition in the last
 
 
 @dataclass(frozen=True)
@@ -26,7 +31,7 @@ class Subject:
 
 @torch.inference_mode()
 def measure_errors(teacher: Teacher, subject: Subject, pairs: dict[str, Tensor], batch: int = 32) -> dict[str, float]:
-    """Relative error |e_s - e_t| / |e_t| of the predicted noise, for each band of timesteps and as their mean (`mean`)."""
+    """Relative error |e_s - e_t| / |e_t| of the prediction, per band of timesteps and as their `mean`."""
     generator = torch.Generator().manual_seed(5)
     errors = {}
     for low, high in BANDS:
@@ -46,7 +51,9 @@ def measure_errors(teacher: Teacher, subject: Subject, pairs: dict[str, Tensor],
 
 
 @torch.inference_mode()
-def draw_pictures(teacher: Teacher, subject: Subject, pairs: dict[str, Tensor], cfg: float = 4.0, batch: int = 32) -> Tensor:
+def draw_pictures(
+    teacher: Teacher, subject: Subject, pairs: dict[str, Tensor], cfg: float = 4.0, batch: int = 32
+) -> Tensor:
     """Pictures (n, 3, H, W) of every prompt of `pairs`; noise and guidance are the same for every subject."""
     noise = torch.randn(pairs["latents"].shape, generator=torch.Generator().manual_seed(11))
     pictures = []
@@ -65,8 +72,10 @@ def draw_pictures(teacher: Teacher, subject: Subject, pairs: dict[str, Tensor], 
     return torch.cat(pictures)
 
 
-def compare_pictures(pictures: Tensor, reference: Tensor, real: Tensor, prompts: list[str], net, scorer) -> dict[str, float]:
-    """Median PSNR (dB) and mean SSIM and perceptual distance to the teacher's pictures; KID x 1e3 to real ones; prompt score.
+def compare_pictures(
+    pictures: Tensor, reference: Tensor, real: Tensor, prompts: list[str], net, scorer
+) -> dict[str, float]:
+    """Median PSNR (dB), mean SSIM and perceptual distance to `reference`; KID x 1e3 to `real`; prompt score.
 
     `net` and `scorer` may be None, then what needs them is left out.
     """

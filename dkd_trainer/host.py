@@ -18,7 +18,9 @@ def ensure_comfy(path: str | None) -> None:
     if importlib.util.find_spec("comfy") is None:
         path = path or os.environ.get("COMFYUI_PATH")
         if not path or not (Path(path) / "comfy" / "sd.py").is_file():
-            raise FileNotFoundError(f"ComfyUI was not found at {path!r}; give its folder with --comfyui or COMFYUI_PATH")
+            raise FileNotFoundError(
+                f"ComfyUI was not found at {path!r}; give its folder with --comfyui or COMFYUI_PATH"
+            )
         paths = [str(Path(path).resolve()), *filter(None, [os.environ.get("PYTHONPATH")])]
         env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], env)
@@ -84,6 +86,8 @@ class Teacher:
         """Noise levels of the 1000 training timesteps, ascending."""
         return self.sampling.sigmas.float().cpu()
 
-    def predict(self, latents: torch.Tensor, t: torch.Tensor, context: torch.Tensor, options: dict | None = None) -> torch.Tensor:
-        """The UNet's raw prediction (B, 4, h, w) for scaled noisy latents at timesteps t (B,); options carry patches."""
+    def predict(
+        self, latents: torch.Tensor, t: torch.Tensor, context: torch.Tensor, options: dict | None = None
+    ) -> torch.Tensor:
+        """The UNet's raw prediction (B, 4, h, w) for noisy latents at timesteps t (B,); options carry patches."""
         return self.unet(latents, t.float(), context=context, transformer_options=dict(options or {})).float()

@@ -1,4 +1,4 @@
-"""The training loop: stage 1, then stage 2; stops and goes on at any step, and writes the student that the node loads."""
+"""The training loop: stage 1, then stage 2; stops and goes on at any step, writes the student's file."""
 
 import json
 import subprocess
@@ -19,7 +19,12 @@ from .imitation import imitation_losses
 from .schedule import cosine_rate, load_state, save_state
 from .transfer import transfer_losses
 
-BUDGETS = (0.5, 1.0, 1.0, 2.0)  # factors of the token budget that training draws from, so that one student serves a range
+BUDGETS = (
+    0.5,
+    1.0,
+    1.0,
+    2.0,
+)  # factors of the token budget that training draws from, so that one student serves a range
 
 
 @dataclass(frozen=True)
@@ -55,14 +60,20 @@ def train_student(teacher: Teacher, pairs: dict[str, Tensor], run: Run, out: Pat
     identity = json.dumps(asdict(run), sort_keys=True)
     if state := load_state(state_file):
         if state["run"] != identity:
-            raise ValueError(f"{state_file} belongs to a run with other settings; give another --work folder or delete it")
+            raise ValueError(
+                f"{state_file} belongs to a run with other settings; give another --work folder or delete it"
+            )
         student.load_state_dict(state["student"])
         average.load_state_dict(state["average"])
         optimizer.load_state_dict(state["optimizer"])
         first, history = state["step"], state["history"]
 
     def save(step: int) -> None:
-        weights = {"student": student.state_dict(), "average": average.state_dict(), "optimizer": optimizer.state_dict()}
+        weights = {
+            "student": student.state_dict(),
+            "average": average.state_dict(),
+            "optimizer": optimizer.state_dict(),
+        }
         save_state(state_file, {**weights, "step": step, "history": history, "run": identity})
 
     bar = tqdm(range(first, run.steps), initial=first, total=run.steps, desc="distil", disable=first >= run.steps)
@@ -71,9 +82,13 @@ def train_student(teacher: Teacher, pairs: dict[str, Tensor], run: Run, out: Pat
         for step in bar:
             set_rate(optimizer, run, step)
             losses = draw_losses(teacher, student, pairs, run, step)
-            total = sum(value * (run.routing_weight if name.endswith("/routing") else 1.0) for name, value in losses.items())
+            total = sum(
+                value * (run.routing_weight if name.endswith("/routing") else 1.0) for name, value in losses.items()
+            )
             if not torch.isfinite(total):
-                raise FloatingPointError(f"the loss is {total.item()} at step {step}; the state of the last save is kept")
+                raise FloatingPointError(
+                    f"the loss is {total.item()} at step {step}; the state of the last save is kept"
+                )
             optimizer.zero_grad(set_to_none=True)
             total.backward()
             nn.utils.clip_grad_norm_(student.parameters(), 1.0)

@@ -28,7 +28,7 @@ class Pair:
 
 
 def find_pairs(folder: Path) -> tuple[list[Pair], list[str]]:
-    """Pairs below a folder in both layouts (`image/x.jpg` + `prompt/x.txt`, or `x.jpg` + `x.txt`), and what was skipped and why.
+    """Pairs in both layouts (`image/x.jpg` + `prompt/x.txt`, or `x.jpg` + `x.txt`), and what was skipped and why.
 
     Raises DataError when there is no usable pair.
     """
@@ -48,14 +48,14 @@ def find_pairs(folder: Path) -> tuple[list[Pair], list[str]]:
         pairs.append(Pair(picture, prompt))
     if not pairs:
         raise DataError(
-            f"{folder} holds no picture with a prompt ({len(skipped)} skipped); expected image/NAME.jpg with prompt/NAME.txt, "
-            "or NAME.jpg with NAME.txt side by side"
+            f"{folder} holds no picture with a prompt ({len(skipped)} skipped); expected image/NAME.jpg with "
+            "prompt/NAME.txt, or NAME.jpg with NAME.txt side by side"
         )
     return pairs, skipped
 
 
 def read_picture(path: Path, size: int) -> Tensor:
-    """A picture (3, size, size) in [0, 1], scaled and cut to the middle square; raises DataError for a broken file."""
+    """A picture (3, size, size) in [0, 1], cut to the middle square; raises DataError for a broken file."""
     try:
         picture = Image.open(path).convert("RGB")
     except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
@@ -93,7 +93,11 @@ def load_encoded(pairs: list[Pair], size: int, teacher, cache: Path) -> tuple[di
         contexts.append(teacher.encode_prompt(pair.prompt)[0].half())
     if not latents:
         raise DataError(f"none of the {len(pairs)} pictures could be read; the first: {skipped[0]}")
-    tensors = {"latents": torch.stack(latents), "context": torch.stack(contexts), "empty": teacher.encode_prompt("").half()}
+    tensors = {
+        "latents": torch.stack(latents),
+        "context": torch.stack(contexts),
+        "empty": teacher.encode_prompt("").half(),
+    }
     cache.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     save_file(tensors, partial)

@@ -28,5 +28,5 @@ def cosine_rate(step: int, steps: int, warmup: int = 200) -> float:
 
 
 def trapezoid_rate(step: int, steps: int, warmup: int = 200, decay: float = 0.25) -> float:
-    """Learning-rate factor: linear warm-up, constant, linear to zero over the last part; `steps` may grow on a resume."""
+    """Learning-rate factor: linear warm-up, constant, linear to zero at the end; `steps` may grow on a resume."""
     return min((step + 1) / warmup, 1.0, max(0.0, (steps - step) / (decay * steps)))

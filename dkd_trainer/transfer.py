@@ -1,4 +1,4 @@
-"""Stage 1, attention transfer: every replaced layer learns its teacher's output from its teacher's input, all in one pass."""
+"""Stage 1, attention transfer: every replaced layer learns its teacher's output from its teacher's input."""
 
 import torch
 from torch import Tensor
@@ -64,4 +64,6 @@ def routing_loss(scores: Tensor, attention: torch.nn.Module, x: Tensor) -> Tenso
         q, k = (a.unflatten(-1, (attention.heads, -1)).transpose(1, 2) for a in (q, k))
         mass = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).float().softmax(-1).mean((1, 2))
     cross_entropy = -(mass * scores.float().log_softmax(1)).sum(1)
-    return (cross_entropy + (mass * mass.clamp(min=1e-12).log()).sum(1)).mean()  # minus the mass's own entropy: 0 is perfect
+    return (
+        cross_entropy + (mass * mass.clamp(min=1e-12).log()).sum(1)
+    ).mean()  # minus the mass's own entropy: 0 is perfect

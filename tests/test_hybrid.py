@@ -71,7 +71,9 @@ def test_every_token_chosen_is_plain_attention(height, width):
     x, emb = torch.randn(2, height * width, CHANNELS), torch.randn(2, EMBEDDING)
     plan = ContextPlan(height, width, strides=(0, 0), chosen=height * width)
     fast = attend_fast(site, layer, x, emb, plan)
-    plain = layer["to_out"](plain_attention(layer["to_q"](x), layer["to_k"](x), layer["to_v"](x), {"n_heads": HEADS}, None))
+    plain = layer["to_out"](
+        plain_attention(layer["to_q"](x), layer["to_k"](x), layer["to_v"](x), {"n_heads": HEADS}, None)
+    )
     torch.testing.assert_close(fast, plain, atol=1e-6, rtol=0)
 
 
@@ -79,12 +81,14 @@ def test_stride_one_grid_is_plain_attention():
     site, layer = make_layer()
     x, emb = torch.randn(2, 63, CHANNELS), torch.randn(2, EMBEDDING)
     fast = attend_fast(site, layer, x, emb, ContextPlan(7, 9, strides=(1, 1), chosen=0))
-    plain = layer["to_out"](plain_attention(layer["to_q"](x), layer["to_k"](x), layer["to_v"](x), {"n_heads": HEADS}, None))
+    plain = layer["to_out"](
+        plain_attention(layer["to_q"](x), layer["to_k"](x), layer["to_v"](x), {"n_heads": HEADS}, None)
+    )
     torch.testing.assert_close(fast, plain, atol=1e-6, rtol=0)
 
 
 def test_grid_keeps_its_weight_in_the_normaliser():
-    """With constant values per kind, the mass on chosen keys must be that of plain attention when all keys are alike."""
+    """Chosen and grid keys together weigh as much as all the tokens they stand for."""
     site, _ = make_layer(router_width=8)
     plan = ContextPlan(8, 8, strides=(4, 2), chosen=8)
     with torch.no_grad():

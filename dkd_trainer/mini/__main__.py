@@ -1,4 +1,4 @@
-"""`python -m dkd_trainer.mini`: make the mini SD-2.1 from nothing, or write its training pairs as pictures and prompts."""
+"""`python -m dkd_trainer.mini`: make the mini SD-2.1 from nothing, or write its training pairs."""
 
 import argparse
 import random
@@ -17,11 +17,17 @@ CHECKPOINT = ROOT / "workflows" / "models" / "checkpoints" / "mini-sd21.safetens
 def read_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m dkd_trainer.mini", description=__doc__)
-    parser.add_argument("command", choices=["train", "export", "pairs"], help="train (resumes), export the best so far, or write pairs")
-    parser.add_argument("--work", type=Path, required=True, help="folder for downloads, caches and states; outside the repository")
+    parser.add_argument(
+        "command", choices=["train", "export", "pairs"], help="train (resumes), export the best so far, or write pairs"
+    )
+    parser.add_argument(
+        "--work", type=Path, required=True, help="folder for downloads, caches and states; outside the repository"
+    )
     parser.add_argument("--comfyui", help="ComfyUI's folder, when it is not on PYTHONPATH (or COMFYUI_PATH)")
     parser.add_argument("--autoencoder-steps", type=int, default=2500)
-    parser.add_argument("--steps", type=int, default=6500, help="UNet steps of 64 scenes; a larger number goes on from the last state")
+    parser.add_argument(
+        "--steps", type=int, default=6500, help="UNet steps of 64 scenes; a larger number goes on from the last state"
+    )
     parser.add_argument("--out", type=Path, default=CHECKPOINT, help="checkpoint to write, or folder of the pairs")
     parser.add_argument("--train-pairs", type=int, default=4096)
     parser.add_argument("--held-out-pairs", type=int, default=512)
@@ -49,13 +55,20 @@ def export(work: Path, out: Path, emoji, autoencoder_steps: int) -> None:
     model = MiniTeacher()
     model.load_state_dict(state["model"])
     tokens, rng = Tokens(), random.Random(0)
-    shown = {t for n in range(14) for s in plan_chunk(emoji, n) for t in tokens([emoji.caption(s), emoji.caption(s, rng)]).flatten().tolist()}
+    shown = {
+        t
+        for n in range(14)
+        for s in plan_chunk(emoji, n)
+        for t in tokens([emoji.caption(s), emoji.caption(s, rng)]).flatten().tolist()
+    }
     words = {w for concept in emoji.concepts for w in concept.tags}
     shown |= set(tokens(sorted(words)).flatten().tolist())
     autoencoder = train_autoencoder(emoji, work, autoencoder_steps)
     record = {"steps": state["step"], "batch": 64, "held_out_loss": state["held_out"]}
     save_checkpoint(out, model.unet, model.text, autoencoder, shown, record)
-    print(f"wrote {out} ({out.stat().st_size / 2**20:.1f} MB), step {state['step']}, held-out loss {state['held_out']:.4f}")
+    print(
+        f"wrote {out} ({out.stat().st_size / 2**20:.1f} MB), step {state['step']}, loss {state['held_out']:.4f}"
+    )
 
 
 def main() -> None:

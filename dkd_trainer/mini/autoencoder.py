@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from .data import Emoji, draw_crops
 from ..schedule import cosine_rate, load_state, save_state
+from .data import Emoji, draw_crops
 
 LATENT_SCALE = 0.18215  # SD-2.1's latent format multiplies the encoder's output by this
 
@@ -30,7 +30,11 @@ class Autoencoder(nn.Module):
             encoder += [conv(wide, narrow, stride=2, bias=False), *(Block(narrow, narrow) for _ in range(3))]
         decoder = [Clamp(), conv(latent_channels, eighth), nn.ReLU()]
         for narrow, wide in ((eighth, quarter), (quarter, half), (half, full)):
-            decoder += [*(Block(narrow, narrow) for _ in range(3)), nn.Upsample(scale_factor=2), conv(narrow, wide, bias=False)]
+            decoder += [
+                *(Block(narrow, narrow) for _ in range(3)),
+                nn.Upsample(scale_factor=2),
+                conv(narrow, wide, bias=False),
+            ]
         self.taesd_encoder = nn.Sequential(*encoder, conv(eighth, latent_channels))
         self.taesd_decoder = nn.Sequential(*decoder, Block(full, full), conv(full, 3))
         self.register_buffer("vae_scale", torch.tensor(1.0))
@@ -67,7 +71,7 @@ def reconstruction_loss(output: torch.Tensor, target: torch.Tensor) -> torch.Ten
 
 
 def train_autoencoder(emoji: Emoji, work: Path, steps: int, batch: int = 32, crop: int = 64) -> nn.Module:
-    """Train for `steps` batches of crops; resumes from `work/autoencoder.pt`, and returns at once when that is finished."""
+    """Train for `steps` batches of crops; resumes from `work/autoencoder.pt`, returns it when finished."""
     torch.manual_seed(0)
     path, model = work / "autoencoder.pt", Autoencoder().to(memory_format=torch.channels_last)
     weights = list(model.parameters())
@@ -121,5 +125,3 @@ def encode(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
 def decode(model: nn.Module, latents: torch.Tensor) -> torch.Tensor:
     """Latents as the UNet sees them -> pictures (B, 3, H, W) in [0, 1]."""
     return model.taesd_decoder((latents / LATENT_SCALE - model.vae_shift) * model.vae_scale).clamp(0, 1)
-
-

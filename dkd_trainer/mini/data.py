@@ -62,7 +62,7 @@ CHUNK = 2048
 
 
 def plan_chunk(emoji: Emoji, number: int) -> list[Scene]:
-    """Chunk `number` of the training scenes; single pictures go round all of them in turn, the rest is drawn by chance."""
+    """Chunk `number` of the training scenes; lone pictures go round all of them, the rest is chance."""
     rng = random.Random(f"scenes {number}")
     scenes = [draw_recipe(rng, emoji.train) for _ in range(CHUNK)]
     styles = {i: style for style, members in emoji.train.items() for i in members}

@@ -86,7 +86,8 @@ class IconSet:
         width, height = icon.get("width", self.icons.get("width", 16)), icon.get("height", self.icons.get("height", 16))
         svg = (
             f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
-            f'viewBox="{icon.get("left", 0)} {icon.get("top", 0)} {width} {height}" width="{width}" height="{height}">{icon["body"]}</svg>'
+            f'viewBox="{icon.get("left", 0)} {icon.get("top", 0)} {width} {height}" width="{width}" height="{height}">'
+            f"{icon['body']}</svg>"
         )
         png = bytes(resvg_py.svg_to_bytes(svg_string=svg, width=size, height=size))
         return Image.open(io.BytesIO(png)).convert("RGBA").resize((size, size), Image.LANCZOS)

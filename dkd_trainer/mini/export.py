@@ -11,6 +11,7 @@ from torch import nn
 from ..host import register_mini
 from .autoencoder import widen
 
+
 def unet_config(mini) -> dict:
     """The detection keys and sizes from which ComfyUI builds the UNet."""
     return {
@@ -33,6 +34,7 @@ def unet_config(mini) -> dict:
         "use_temporal_attention": False,
     }
 
+
 def assemble_checkpoint(unet: dict, text: dict, autoencoder: dict) -> dict[str, torch.Tensor]:
     """State dicts of the three parts -> one state dict with SD-2.1's names, fp16."""
     mini = register_mini()
@@ -43,20 +45,30 @@ def assemble_checkpoint(unet: dict, text: dict, autoencoder: dict) -> dict[str, 
     state.update({f"first_stage_model.{name}": tensor for name, tensor in widen(autoencoder).items()})
     return {name: tensor.detach().to(torch.float16).contiguous() for name, tensor in state.items()}
 
+
 def blank_unused_words(text: dict, used: set[int]) -> dict:
-    """The text encoder with zero embeddings for tokens that training never showed: no noise, and no room in an archive."""
+    """The text encoder with zero embeddings for tokens that training never showed."""
     name = "transformer.text_model.embeddings.token_embedding.weight"
     kept = torch.zeros_like(text[name])
     rows = torch.tensor(sorted(used))
     kept[rows] = text[name][rows]
     return {**text, name: kept}
 
-def save_checkpoint(path: Path, unet: nn.Module, text: nn.Module, autoencoder: nn.Module, used: set[int], record: dict) -> None:
+
+def save_checkpoint(
+    path: Path, unet: nn.Module, text: nn.Module, autoencoder: nn.Module, used: set[int], record: dict
+) -> None:
     """Write the checkpoint atomically; refuses weights that the loader would take for a v-prediction model."""
-    state = assemble_checkpoint(unet.state_dict(), blank_unused_words(text.state_dict(), used), autoencoder.state_dict())
-    spread = state["model.diffusion_model.output_blocks.11.1.transformer_blocks.0.norm1.bias"].float().std(unbiased=False)
+    state = assemble_checkpoint(
+        unet.state_dict(), blank_unused_words(text.state_dict(), used), autoencoder.state_dict()
+    )
+    spread = (
+        state["model.diffusion_model.output_blocks.11.1.transformer_blocks.0.norm1.bias"].float().std(unbiased=False)
+    )
     if spread > 0.09:
-        raise ValueError(f"norm1.bias of the last block spreads by {spread:.3f} > 0.09: ComfyUI would read v-prediction")
+        raise ValueError(
+            f"norm1.bias of the last block spreads by {spread:.3f} > 0.09: ComfyUI would read v-prediction"
+        )
     metadata = {
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.architecture": "stable-diffusion-v2-mini",

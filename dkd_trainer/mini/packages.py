@@ -45,7 +45,9 @@ def fetch_package(folder: Path, package: str, version: str) -> None:
     name = archive_name(package, version)
     archive = folder / f"{name}.tgz"
     if not archive.exists():
-        done = subprocess.run(["npm", "pack", "--silent", f"{package}@{version}"], cwd=folder, capture_output=True, text=True)
+        done = subprocess.run(
+            ["npm", "pack", "--silent", f"{package}@{version}"], cwd=folder, capture_output=True, text=True
+        )
         if done.returncode:
             raise RuntimeError(f"npm could not fetch {package}@{version}: {done.stderr.strip()[-300:]}")
     partial = folder / f"{name}.partial"

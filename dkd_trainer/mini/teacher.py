@@ -9,15 +9,15 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
+from ..diffusion import add_noise, noise_loss, sample_euler
+from ..schedule import load_state, save_state, trapezoid_rate
 from .autoencoder import decode, encode
 from .data import Emoji, encode_scenes, load_chunk, plan_chunk, plan_held_out
-from ..diffusion import add_noise, noise_loss, sample_euler
 from .model import Tokens, build_text_encoder, build_unet, encode_text
-from ..schedule import load_state, save_state, trapezoid_rate
 
 
 def attend_small(_attention, q, k, v, heads, *_args, **_kwargs):
-    """Attention by two matrix products, (B, N, C): on a CPU at a few hundred tokens its backward is twice as fast as SDPA's."""
+    """Attention by two matrix products, (B, N, C): a CPU's backward is faster than SDPA's at few tokens."""
     width = q.shape[-1] // heads
     q, k, v = (t.unflatten(-1, (heads, width)).transpose(1, 2) for t in (q, k, v))
     weights = (q * width**-0.5 @ k.transpose(-1, -2)).softmax(-1, dtype=q.dtype)
@@ -97,8 +97,10 @@ class HeldOut:
         Image.fromarray(np.concatenate(rows)).save(path)
 
 
-def train_teacher(emoji: Emoji, autoencoder: nn.Module, work: Path, steps: int, batch: int = 64, chunks: int = 14) -> MiniTeacher:
-    """Train up to `steps`; resumes from `work/teacher.pt`, keeps the averaged weights best on held-out pairs in `best.pt`."""
+def train_teacher(
+    emoji: Emoji, autoencoder: nn.Module, work: Path, steps: int, batch: int = 64, chunks: int = 14
+) -> MiniTeacher:
+    """Train up to `steps`; resumes from `teacher.pt`, keeps the weights best on held-out pairs in `best.pt`."""
     model, average, tokens = MiniTeacher(), MiniTeacher(), Tokens()
     average.load_state_dict(model.state_dict())
     average.requires_grad_(False)

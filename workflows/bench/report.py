@@ -4,7 +4,6 @@ import io
 import json
 import os
 import platform
-import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median, quantiles
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from ..server import PACK
+from ..machine import name_processor, read_commit
 from .timing import Record, SizeResult
 
 FORMAT = "dha-speed-bench"
@@ -76,22 +75,6 @@ def summarise(run: Run) -> dict[str, Any]:
         "settings": run.settings,
         "sizes": sizes,
     }
-
-
-def name_processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def read_commit() -> str:
-    """The checkout's commit, `-dirty` where tracked files differ from it; `unknown` outside of git."""
-    try:
-        command = ["git", "-C", str(PACK), "describe", "--always", "--dirty"]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
 
 
 def describe_machine(device: torch.device, comfyui: str, command: str) -> dict[str, Any]:

@@ -5,13 +5,13 @@ import os
 import platform
 import shlex
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
 from ..graphs import CHECKPOINT, STUDENT
+from ..machine import name_processor, read_commit
 from ..server import PACK, Server, ServerError, find_comfyui, serve
 from .measure import PROMPTS, compare_prompts, find_obstacle, time_fullsize
 from .report import check_out, write_report
@@ -43,22 +43,6 @@ def check_models() -> None:
                 f"{path.relative_to(PACK)} ({what}) is missing; it is part of the repository. Restore it with "
                 f"`git checkout -- {path.relative_to(PACK).as_posix()}`, or train it anew as the README says."
             )
-
-
-def name_processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def read_commit() -> str:
-    """The checkout's commit; `unknown` outside of git."""
-    try:
-        command = ["git", "-C", str(PACK), "describe", "--always", "--dirty"]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
 
 
 def describe_machine(server: Server) -> Machine:
