@@ -41,7 +41,7 @@ class Studio:
     def __init__(self, host, base: Path, checkpoint: Path):
         import folder_paths
 
-        self.host, self.base = host, base
+        self.host, self.base, self.checkpoint = host, base, checkpoint
         folder_paths.add_model_folder_path("checkpoints", str(checkpoint.parent))
         self.model, self.clip, _ = host.call("CheckpointLoaderSimple", ckpt_name=checkpoint.name)
         (self.positive,) = host.call("CLIPTextEncode", clip=self.clip, text="red apple left of rocket")

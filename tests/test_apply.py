@@ -1,13 +1,17 @@
 """Apply DHA in a real ComfyUI: what it changes, what it leaves alone, and what memory management sees of it."""
 
 import copy
+import dataclasses
 import gc
 import hashlib
 import weakref
 
 import pytest
 import torch
-from conftest import ROOT, relate
+from conftest import ROOT, TRAINED, relate
+
+from dha.checkpoint import load_student
+from dha.patch import make_patches, plain_attention
 
 LATENT_SIZES = {"square": (128, 128), "wide": (192, 128), "odd": (136, 88), "tall": (64, 256)}
 
@@ -196,3 +200,33 @@ def test_changed_file_is_loaded_again(studio):
     assert node.fingerprint_inputs(student_name=name) == before
     studio.write_student("changing", seed=5)
     assert node.fingerprint_inputs(student_name=name) != before
+
+
+def test_host_computes_what_the_trainer_does(studio):
+    """One forward through ComfyUI's kernels and casting layers against the same student in plain PyTorch."""
+    path = studio.write_student("twin", config=dataclasses.replace(TRAINED, levels=(0, 1, 2, 3)))
+    patched = studio.apply(student=studio.call("LoadDHAStudent", student_name=path.name), budget=0.3)
+    twin = make_patches(load_student(path), plain_attention, token_budget=0.3).as_options()
+    generator, unet = torch.Generator().manual_seed(6), studio.model.model.diffusion_model
+    x = torch.randn(2, 4, 11, 17, generator=generator)
+    inputs = {"timesteps": torch.tensor([900.0, 100.0]), "context": torch.randn(2, 77, 128, generator=generator)}
+    ours = copy.deepcopy(patched.model_options["transformer_options"])
+    with torch.inference_mode():
+        expected, found = (unet(x, **inputs, transformer_options=options) for options in (twin, ours))
+        assert relate(unet(x, **inputs, transformer_options={}), expected) > 1e-3
+    assert relate(found, expected) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn], ids=str)
+def test_precisions(studio, student, dtype):
+    """Teachers kept in other precisions: the student's parts follow what the UNet computes in."""
+    import comfy.sd
+
+    with torch.inference_mode():
+        loaded = comfy.sd.load_checkpoint_guess_config(
+            str(studio.checkpoint), output_vae=False, output_clip=False, model_options={"dtype": dtype}
+        )
+    assert loaded[0].model.get_dtype() == dtype
+    exact, drawn = studio.draw(loaded[0]), studio.draw(studio.apply(loaded[0], student=student))
+    assert 1e-3 < relate(drawn, exact) < 1.5
+    assert relate(studio.draw(studio.apply(loaded[0], student=student, budget=1.0)), exact) < 1e-5
