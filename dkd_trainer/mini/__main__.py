@@ -10,6 +10,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..host import ROOT, ensure_comfy
+from .emoji import GROUPS
 
 CHECKPOINT = ROOT / "workflows" / "models" / "checkpoints" / "mini-sd21.safetensors"
 
@@ -29,6 +30,9 @@ def read_arguments() -> argparse.Namespace:
         "--steps", type=int, default=6500, help="UNet steps of 64 scenes; a larger number goes on from the last state"
     )
     parser.add_argument("--out", type=Path, default=CHECKPOINT, help="checkpoint to write, or folder of the pairs")
+    parser.add_argument(
+        "--groups", nargs="+", choices=list(GROUPS), default=list(GROUPS), help="what to draw; may grow later"
+    )
     parser.add_argument("--train-pairs", type=int, default=4096)
     parser.add_argument("--held-out-pairs", type=int, default=512)
     return parser.parse_args()
@@ -57,7 +61,7 @@ def export(work: Path, out: Path, emoji, autoencoder_steps: int) -> None:
     tokens, rng = Tokens(), random.Random(0)
     shown = {
         t
-        for n in range(14)
+        for n in range(8)
         for s in plan_chunk(emoji, n)
         for t in tokens([emoji.caption(s), emoji.caption(s, rng)]).flatten().tolist()
     }
@@ -66,9 +70,7 @@ def export(work: Path, out: Path, emoji, autoencoder_steps: int) -> None:
     autoencoder = train_autoencoder(emoji, work, autoencoder_steps)
     record = {"steps": state["step"], "batch": 64, "held_out_loss": state["held_out"]}
     save_checkpoint(out, model.unet, model.text, autoencoder, shown, record)
-    print(
-        f"wrote {out} ({out.stat().st_size / 2**20:.1f} MB), step {state['step']}, loss {state['held_out']:.4f}"
-    )
+    print(f"wrote {out} ({out.stat().st_size / 2**20:.1f} MB), step {state['step']}, loss {state['held_out']:.4f}")
 
 
 def main() -> None:
@@ -77,7 +79,7 @@ def main() -> None:
     from .data import load_emoji, plan_chunk, plan_held_out
 
     args.work.mkdir(parents=True, exist_ok=True)
-    emoji = load_emoji(args.work)
+    emoji = load_emoji(args.work, tuple(args.groups))
     if args.command == "pairs":
         chunks = [scene for number in range(-(-args.train_pairs // 2048)) for scene in plan_chunk(emoji, number)]
         write_pairs(emoji, chunks[: args.train_pairs], args.out / "train")

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from .emoji import is_held_out, load_concepts, render_all
+from .emoji import GROUPS, is_held_out, load_concepts, render_all
 from .packages import fetch_packages
 from .scenes import KINDS, Scene, draw_picture, draw_recipe, write_caption
 
@@ -18,8 +18,9 @@ SIZE = 128
 
 @dataclass
 class Emoji:
-    """All pictures (n, 128, 128, 4) with their styles and concepts, and the indices of each split by style."""
+    """All pictures (n, 128, 128, 4) with their concepts, and the indices of each split by style, in some groups."""
 
+    groups: tuple[str, ...]
     pictures: np.ndarray
     concepts: list
     train: dict[str, list[int]]
@@ -32,15 +33,16 @@ class Emoji:
         return draw_picture(scene, self.pictures, SIZE)
 
 
-def load_emoji(work: Path) -> Emoji:
-    """Download, render and split the emoji art; everything is kept in `work`."""
+def load_emoji(work: Path, groups: tuple[str, ...] = tuple(GROUPS)) -> Emoji:
+    """Download, render and split the emoji art of some groups; everything is kept in `work`."""
     fetch_packages(work / "packages")
     pictures, pairs = render_all(work / "packages", work, SIZE)
     table = load_concepts(work / "packages")
     split: tuple[dict, dict] = ({}, {})
     for index, (style, code) in enumerate(pairs):
-        split[is_held_out(style, code)].setdefault(style, []).append(index)
-    return Emoji(pictures, [table[code] for _, code in pairs], *split)
+        if table[code].group in groups:
+            split[is_held_out(style, code)].setdefault(style, []).append(index)
+    return Emoji(tuple(groups), pictures, [table[code] for _, code in pairs], *split)
 
 
 def to_tensor(pictures: np.ndarray) -> torch.Tensor:
@@ -63,7 +65,7 @@ CHUNK = 2048
 
 def plan_chunk(emoji: Emoji, number: int) -> list[Scene]:
     """Chunk `number` of the training scenes; lone pictures go round all of them, the rest is chance."""
-    rng = random.Random(f"scenes {number}")
+    rng = random.Random(f"scenes {number} {emoji.groups}")
     scenes = [draw_recipe(rng, emoji.train) for _ in range(CHUNK)]
     styles = {i: style for style, members in emoji.train.items() for i in members}
     order = sorted(styles)
@@ -96,9 +98,13 @@ def encode_scenes(emoji: Emoji, scenes: list[Scene], encode, batch: int = 32) ->
     return torch.cat(chunks)
 
 
+def chunk_path(emoji: Emoji, number: int, work: Path) -> Path:
+    return work / f"latents-{'-'.join(emoji.groups)}-{number:03d}.safetensors"
+
+
 def load_chunk(emoji: Emoji, number: int, encode, work: Path) -> torch.Tensor:
     """Latents (2048, 4, 16, 16) of one chunk of training scenes, encoded the first time they are asked for."""
-    path = work / f"latents{number:03d}.safetensors"
+    path = chunk_path(emoji, number, work)
     if not path.exists():
         partial = path.with_suffix(".partial")
         save_file({"latents": encode_scenes(emoji, plan_chunk(emoji, number), encode).half().contiguous()}, partial)

@@ -12,17 +12,18 @@ from tqdm import tqdm
 
 from .packages import ICON_SETS, NAMES, archive_name, read_json
 
-# emojibase groups: smileys, animals, food, travel, activities, objects; people, symbols and flags are left out
-GROUPS = (0, 3, 4, 5, 6, 7)
+# emojibase's groups; people, symbols and flags are left out
+GROUPS = {"smileys": 0, "animals": 3, "food": 4, "travel": 5, "activities": 6, "objects": 7}
 
 
 @dataclass(frozen=True)
 class Concept:
-    """What an emoji shows: its Unicode code, its English name and search words."""
+    """What an emoji shows: its Unicode code, its English name, its search words and its group."""
 
     code: str
     label: str
     tags: tuple[str, ...]
+    group: str
 
 
 def slug(text: str) -> str:
@@ -38,10 +39,13 @@ def plain_code(code: str) -> str:
 def load_concepts(folder: Path) -> dict[str, Concept]:
     """All concepts of the kept groups, by code."""
     table = read_json(folder / archive_name(*NAMES[:2]) / "en" / "data.json")
+    names = {number: name for name, number in GROUPS.items()}
     return {
-        e["hexcode"]: Concept(e["hexcode"], e["label"].lower(), tuple(t.lower() for t in e.get("tags", [])))
+        e["hexcode"]: Concept(
+            e["hexcode"], e["label"].lower(), tuple(t.lower() for t in e.get("tags", [])), names[e["group"]]
+        )
         for e in table
-        if e.get("group") in GROUPS
+        if e.get("group") in names
     }
 
 

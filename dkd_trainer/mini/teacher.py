@@ -12,7 +12,7 @@ from tqdm import tqdm
 from ..diffusion import add_noise, noise_loss, sample_euler
 from ..schedule import load_state, save_state, trapezoid_rate
 from .autoencoder import decode, encode
-from .data import Emoji, encode_scenes, load_chunk, plan_chunk, plan_held_out
+from .data import Emoji, chunk_path, encode_scenes, load_chunk, plan_chunk, plan_held_out
 from .model import Tokens, build_text_encoder, build_unet, encode_text
 
 
@@ -45,6 +45,10 @@ class Corpus:
         self.emoji, self.work = emoji, work
         self.encode = lambda images: encode(autoencoder, images)
         self.latents, self.scenes, self.chunks = torch.empty(0, 4, 16, 16), [], 0
+
+    def has_next(self) -> bool:
+        """Whether the next chunk has been encoded before."""
+        return chunk_path(self.emoji, self.chunks, self.work).exists()
 
     def grow(self) -> None:
         self.latents = torch.cat([self.latents, load_chunk(self.emoji, self.chunks, self.encode, self.work)])
@@ -98,7 +102,7 @@ class HeldOut:
 
 
 def train_teacher(
-    emoji: Emoji, autoencoder: nn.Module, work: Path, steps: int, batch: int = 64, chunks: int = 14
+    emoji: Emoji, autoencoder: nn.Module, work: Path, steps: int, batch: int = 64, chunks: int = 8
 ) -> MiniTeacher:
     """Train up to `steps`; resumes from `teacher.pt`, keeps the weights best on held-out pairs in `best.pt`."""
     model, average, tokens = MiniTeacher(), MiniTeacher(), Tokens()
@@ -110,9 +114,11 @@ def train_teacher(
         model.load_state_dict(state["model"])
         average.load_state_dict(state["average"])
         optimizer.load_state_dict(state["optimizer"])
-        first, best = state["step"], state["best"]
+        first = state["step"]
+        if state.get("groups") == list(emoji.groups):  # other groups, other held-out pairs: scores do not compare
+            best = state["best"]
     held_out, running = HeldOut(corpus, tokens), 0.0
-    while corpus.chunks < min(chunks, 4 + first // 100):
+    while corpus.chunks < min(chunks, 2) or (corpus.chunks < chunks and corpus.has_next()):
         corpus.grow()
     bar = tqdm(range(first, steps), initial=first, total=steps, desc="teacher", disable=first >= steps)
     for step in bar:
@@ -143,6 +149,6 @@ def train_teacher(
                 best = score
                 save_state(work / "best.pt", {"model": average.state_dict(), "step": step + 1, "held_out": score})
             parts = {"model": model.state_dict(), "average": average.state_dict(), "optimizer": optimizer.state_dict()}
-            save_state(work / "teacher.pt", {**parts, "step": step + 1, "best": best})
+            save_state(work / "teacher.pt", {**parts, "step": step + 1, "best": best, "groups": list(emoji.groups)})
             held_out.sheet(average, autoencoder, work / "sheet.png")
     return average
