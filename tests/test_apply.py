@@ -55,7 +55,7 @@ def test_leaves_no_trace(studio, student, undisturbed, trained):
     options, weights = copy.deepcopy(studio.model.model_options), hash_weights(studio.model)
     patched = studio.apply(student=student if trained else None)
     drawn = studio.draw(patched)
-    assert 1e-4 < relate(drawn, undisturbed) < 1.5, "the student is not seen, or not sane"
+    assert 1e-4 < relate(drawn, undisturbed) < 5, "the student is not seen, or not sane"
     assert studio.model.model_options == options
     assert not studio.model.patches and not studio.model.object_patches and not studio.model.additional_models
     assert hash_weights(studio.model) == weights
@@ -72,7 +72,7 @@ def test_student_differs_from_training_free(studio, student):
 @pytest.mark.parametrize("levels", ["auto", "finest", "two finest", "three finest", "all"])
 def test_levels(studio, undisturbed, levels):
     drawn = studio.draw(studio.apply(levels=levels))
-    assert 1e-4 < relate(drawn, undisturbed) < 1.5
+    assert 1e-4 < relate(drawn, undisturbed) < 5
     if levels == "auto":
         assert torch.equal(drawn, studio.draw(studio.apply(levels="two finest")))
 
@@ -106,7 +106,7 @@ def test_percent_window(studio, student, start, end):
 def test_sizes(studio, student, size):
     drawn = studio.draw(studio.apply(student=student), size=size)
     assert drawn.shape == (1, 4, size[1] // 8, size[0] // 8)
-    assert 1e-4 < relate(drawn, studio.draw(size=size)) < 1.5
+    assert 1e-4 < relate(drawn, studio.draw(size=size)) < 5
 
 
 @pytest.mark.parametrize("cfg", [1.0, 5.0])
@@ -228,5 +228,5 @@ def test_precisions(studio, student, dtype):
         )
     assert loaded[0].model.get_dtype() == dtype
     exact, drawn = studio.draw(loaded[0]), studio.draw(studio.apply(loaded[0], student=student))
-    assert 1e-3 < relate(drawn, exact) < 1.5
+    assert 1e-3 < relate(drawn, exact) < 5
     assert relate(studio.draw(studio.apply(loaded[0], student=student, budget=1.0)), exact) < 1e-5

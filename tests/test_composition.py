@@ -152,12 +152,13 @@ def test_tome_merges_queries_only(studio, order):
 @pytest.mark.parametrize("peer", GUIDANCE)
 def test_blocks_of_other_nodes_stay_theirs(studio, alone, peer, order):
     """With our hands on every level, the middle block's attention is whole wherever a guidance node reads it."""
-    drawn = studio.draw(combine(studio, peer, order, levels="all", budget=0.3))
+    # at half of the tokens the middle block has two keys of four: a single one would broadcast, and hide the fault
+    drawn = studio.draw(combine(studio, peer, order, levels="all", budget=0.5))
     assert relate(drawn, alone(peer)) > 1e-4
     if peer == "SAG":
-        assert torch.equal(drawn, studio.draw(combine(studio, peer, order, levels="three finest", budget=0.3)))
+        assert torch.equal(drawn, studio.draw(combine(studio, peer, order, levels="three finest", budget=0.5)))
     else:
-        assert relate(drawn, studio.draw(combine(studio, peer, "peer first", levels="all", budget=0.3))) < 1e-5
+        assert relate(drawn, studio.draw(combine(studio, peer, "peer first", levels="all", budget=0.5))) < 1e-5
 
 
 def test_owned_blocks_are_named(studio, caplog):

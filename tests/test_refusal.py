@@ -54,9 +54,10 @@ def build_model(name: str, config: dict):
 @pytest.mark.parametrize(
     ("name", "config", "words"),
     [
-        ("SD15", SD15, "Stable Diffusion 1.x UNet.*serves Stable Diffusion 2.x"),
+        ("SD15", SD15, "Stable Diffusion 1.x UNet.*DHA serves .*2.x"),
         ("SDXL", SDXL, "SDXL UNet.*connect a Stable Diffusion 2"),
     ],
+    ids=["SD15", "SDXL"],
 )
 @pytest.mark.parametrize("trained", [False, True], ids=["training-free", "student"])
 def test_other_architectures(studio, student, name, config, words, trained):
