@@ -17,9 +17,13 @@ def add_noise(latents: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> to
 
 
 def noise_loss(prediction: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, gamma: float = 5.0) -> torch.Tensor:
-    """Noise MSE with min-SNR weights (arXiv 2303.09556): nearly clean pictures count less."""
+    """Noise MSE with min-SNR weights (arXiv 2303.09556) at low noise, and a_t^-1/2, half-way to v-loss, at high noise.
+
+    Plain noise MSE hardly counts the first steps of sampling, where SD's schedule still shows the mean colour of flat
+    backgrounds: the model then trusts the noise's mean more than the prompt.
+    """
     a = alphas_cumprod()[t]
-    weight = (gamma * (1 - a) / a).clamp(max=1.0)
+    weight = (gamma * (1 - a) / a).clamp(max=1.0) * a.rsqrt().clamp(max=12.0)
     return (weight * F.mse_loss(prediction, noise, reduction="none").mean((1, 2, 3))).mean()
 
 
