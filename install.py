@@ -170,20 +170,20 @@ def read_requirements(comfyui: Path) -> list[str]:
 
 def set_up(steps: Sequence[Step], lock: tuple[int, ...] = ()) -> None:
     """Run the steps that are not done yet. Raises SetupError; what was finished before stays finished."""
-    stamp, key = read_stamp(), ""
+    recorded, done, key = read_stamp(), {}, ""
     for number, step in enumerate(steps, 1):
         # Chained: when a step changes, all that was built on it is done again.
         key = hashlib.sha256(f"{key}\n{step.name}\n{step.installs}".encode()).hexdigest()[:16]
-        if stamp.get(step.name) == key and step.product.exists():
-            continue
-        start, runner = time.monotonic(), Runner(f"[{number}/{len(steps)}] {step.name}", lock)
-        runner.show("")
-        if stamp.pop(step.name, None):
-            write_stamp(stamp)
-        step.run(runner)
-        stamp[step.name] = key
-        write_stamp(stamp)
-        runner.show(f"done in {time.monotonic() - start:.0f} s", end="\n")
+        if recorded.get(step.name) != key or not step.product.exists():
+            start, runner = time.monotonic(), Runner(f"[{number}/{len(steps)}] {step.name}", lock)
+            runner.show("")
+            if recorded:
+                recorded = {}
+                write_stamp(done)
+            step.run(runner)
+            write_stamp(done | {step.name: key})
+            runner.show(f"done in {time.monotonic() - start:.0f} s", end="\n")
+        done[step.name] = key
 
 
 def read_stamp() -> dict[str, str]:
@@ -224,8 +224,9 @@ def find_comfyui(path: str | None) -> Path | None:
     """The user's ComfyUI from an argument or COMFYUI_PATH, or None. Raises SetupError for any other folder."""
     path = path or os.environ.get("COMFYUI_PATH")
     folder = Path(path).expanduser().resolve() if path else None
-    if folder and not ((folder / "main.py").is_file() and (folder / "comfy").is_dir()):
-        raise SetupError(f"{folder} has no main.py and comfy/: not a ComfyUI. Correct --comfyui or COMFYUI_PATH.")
+    missing = [name for name in ("main.py", "comfy", "requirements.txt") if folder and not (folder / name).exists()]
+    if missing:
+        raise SetupError(f"{folder} is not a ComfyUI: no {', '.join(missing)}. Correct --comfyui or COMFYUI_PATH.")
     return folder
 
 
@@ -275,10 +276,9 @@ def describe_comfyui() -> str:
 
 
 def find_version(package: str) -> str | None:
-    try:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+    return None
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:

@@ -113,6 +113,16 @@ def test_a_removed_environment_is_made_again(install):
     assert log == ["a", "a"]
 
 
+def test_after_an_interrupted_change_nothing_that_was_built_on_it_counts(install):
+    log = []
+    plan = [make_step(install, name, log) for name in "abc"]
+    install.set_up(plan)
+    with pytest.raises(install.SetupError):
+        install.set_up([plan[0], make_step(install, "b", log, installs="2", fails=True), plan[2]])
+    install.set_up(plan)
+    assert log == ["a", "b", "c", "b", "b", "c"]
+
+
 def test_a_damaged_stamp_counts_as_nothing_done(install):
     log = []
     install.set_up([make_step(install, "a", log)])
@@ -158,6 +168,8 @@ def test_the_users_comfyui_is_checked_and_its_torch_is_not_taken(install, tmp_pa
         install.find_comfyui(str(tmp_path))
     (tmp_path / "comfy").mkdir()
     (tmp_path / "main.py").touch()
+    with pytest.raises(install.SetupError, match=r"no requirements\.txt\."):
+        install.find_comfyui(str(tmp_path))
     (tmp_path / "requirements.txt").write_text(
         "torch\ntorchaudio\ntorchsde\nTorchVision>=0.1 # late\n\n#none\nav>=14.2.0\n"
     )
