@@ -318,8 +318,9 @@ def test_real_pictures_show_their_captions_and_degrade_as_expected(net, work):
     images = to_tensor(np.stack([emoji.draw(scene) for scene in scenes]))
     captions = [emoji.caption(scene) for scene in scenes[:24]]
     scorer = prompt_score.load_prompt_scorer(work / prompt_score.FILE)
+    # shuffled by seven: the kinds of scenes repeat every six, and the same kind is not all wrong
     right, blurred = scorer.score(images[:24], captions), scorer.score(halve_resolution(images[:24]), captions)
-    assert right.mean() > 0.5 > 1.5 * scorer.score(images[:24], captions[6:] + captions[:6]).mean()
+    assert right.mean() > 0.4 > 2 * scorer.score(images[:24], captions[7:] + captions[:7]).mean()
     assert blurred.mean() < right.mean()
     reference, other = features.pool_features(net, images).chunk(2)
     worse = features.pool_features(net, halve_resolution(images[48:]))
