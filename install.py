@@ -170,7 +170,8 @@ def read_requirements(comfyui: Path) -> list[str]:
 
 def set_up(steps: Sequence[Step], lock: tuple[int, ...] = ()) -> None:
     """Run the steps that are not done yet. Raises SetupError; what was finished before stays finished."""
-    recorded, done, key = read_stamp(), {}, ""
+    recorded, key = read_stamp(), ""
+    done: dict[str, str] = {}
     for number, step in enumerate(steps, 1):
         # Chained: when a step changes, all that was built on it is done again.
         key = hashlib.sha256(f"{key}\n{step.name}\n{step.installs}".encode()).hexdigest()[:16]
