@@ -1,7 +1,6 @@
 """SD-2.1's noise schedule, its training targets and a plain Euler sampler."""
 
 import torch
-import torch.nn.functional as F
 
 
 def alphas_cumprod() -> torch.Tensor:
@@ -14,17 +13,6 @@ def add_noise(latents: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> to
     """x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) e, all (B, 4, h, w); t (B,) integers."""
     a = alphas_cumprod()[t].view(-1, 1, 1, 1).to(latents.device)
     return a.sqrt() * latents + (1 - a).sqrt() * noise
-
-
-def noise_loss(prediction: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, gamma: float = 5.0) -> torch.Tensor:
-    """Noise MSE with min-SNR weights (arXiv 2303.09556) at low noise, and a_t^-1/2, half-way to v-loss, at high noise.
-
-    Plain noise MSE hardly counts the first steps of sampling, where SD's schedule still shows the mean colour of flat
-    backgrounds: the model then trusts the noise's mean more than the prompt.
-    """
-    a = alphas_cumprod()[t]
-    weight = (gamma * (1 - a) / a).clamp(max=1.0) * a.rsqrt().clamp(max=12.0)
-    return (weight * F.mse_loss(prediction, noise, reduction="none").mean((1, 2, 3))).mean()
 
 
 def training_target(latents: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, kind: str) -> torch.Tensor:

@@ -35,6 +35,9 @@ def build_unet() -> nn.Module:
     start_weights(unet)
     zero = [m.out_layers[3] for m in unet.modules() if type(m).__name__ == "ResBlock"]
     zero += [m.proj_out for m in unet.modules() if type(m).__name__ == "SpatialTransformer"]
+    # ComfyUI reads v-prediction out of this bias; eps would do, but its errors grow 200-fold at SD's first step
+    bias = unet.output_blocks[11][1].transformer_blocks[0].norm1.bias
+    bias.data.copy_(0.15 * torch.tensor([1.0, -1.0]).repeat(len(bias) // 2))
     for module in [*zero, unet.out[2]]:  # residual branches and the output start at zero, as in SD
         nn.init.zeros_(module.weight)
         nn.init.zeros_(module.bias)

@@ -5,11 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-from ..diffusion import add_noise, noise_loss, sample_euler
+from ..diffusion import add_noise, sample_euler, to_noise, training_target
 from ..schedule import load_state, save_state, trapezoid_rate
 from .autoencoder import decode, encode
 from .data import Emoji, chunk_path, encode_scenes, load_chunk, plan_chunk, plan_held_out
@@ -25,7 +26,7 @@ def attend_small(_attention, q, k, v, heads, *_args, **_kwargs):
 
 
 class MiniTeacher(nn.Module):
-    """UNet and text encoder with one forward: noisy latents, timesteps and prompt tokens in, noise out."""
+    """UNet and text encoder with one forward: noisy latents, timesteps and prompt tokens in, v-prediction out."""
 
     def __init__(self):
         super().__init__()
@@ -82,7 +83,8 @@ class HeldOut:
             noisy = add_noise(self.latents[part], self.noise[part], self.t[part])
             with torch.autocast("cpu", torch.bfloat16):
                 prediction = model(noisy, self.t[part], self.tokens[part])
-            losses.append(noise_loss(prediction, self.noise[part], self.t[part]))
+            target = training_target(self.latents[part], self.noise[part], self.t[part], "v")
+            losses.append(F.mse_loss(prediction, target))
         return torch.stack(losses).mean().item()
 
     @torch.inference_mode()
@@ -91,8 +93,10 @@ class HeldOut:
         tokens = torch.cat([self.tokens[:count], self.empty.repeat(count, 1)])
 
         def predict(x, t):
+            doubled, times = torch.cat([x, x]), torch.cat([t, t])
             with torch.autocast("cpu", torch.bfloat16):
-                cond, empty = model(torch.cat([x, x]), torch.cat([t, t]), tokens).chunk(2)
+                prediction = model(doubled, times, tokens)
+            cond, empty = to_noise(prediction, doubled, times, "v").chunk(2)
             return empty + cfg * (cond - empty)
 
         pictures = decode(autoencoder, sample_euler(predict, self.noise[:count]))
@@ -132,12 +136,12 @@ def train_teacher(
         t = torch.randint(0, 1000, (batch,), generator=generator)
         with torch.autocast("cpu", torch.bfloat16):
             prediction = model(add_noise(latents, noise, t), t, tokens(captions))
-        loss = noise_loss(prediction, noise, t)
+        loss = F.mse_loss(prediction, training_target(latents, noise, t, "v"))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        decay = min(0.999, (step + 1) / (step + 10))
+        decay = min(0.998, (step + 1) / (step + 10))
         torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
         running = loss.item() if step == first else 0.98 * running + 0.02 * loss.item()
         bar.set_postfix(loss=f"{running:.4f}", scenes=len(corpus.scenes), refresh=False)
