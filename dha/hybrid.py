@@ -73,10 +73,15 @@ class HybridSite(nn.Module):
         return x + self.deltas[name](x) if name in self.deltas else x
 
     def build_context(self, x: Tensor, emb: Tensor, plan: ContextPlan) -> Context:
-        """Keys for tokens x (B, N, C) of a `plan.height` x `plan.width` picture at time embedding emb (B, E)."""
+        """Keys for tokens x (B, N, C) of a `plan.height` x `plan.width` picture at time embedding emb (B, E).
+
+        Raises ValueError when the plan needs a router and there is none.
+        """
         parts, weights = [], []
-        chosen = scores = None
+        chosen = None
         if plan.chosen:
+            if self.router is None:
+                raise ValueError(f"the plan chooses {plan.chosen} tokens, but this site has no router")
             scores = self.router(x, emb)
             chosen = scores.topk(plan.chosen, dim=1, sorted=False).indices
             parts.append(x.gather(1, chosen[..., None].expand(-1, -1, x.shape[-1])))

@@ -72,7 +72,7 @@ def make_patches(
     def attn1_patch(n: Tensor, context: Tensor, value: Tensor, options: dict):
         block, step = options.get("block"), options.get(STEP)
         options.pop(STATE, None)
-        if step is None or block not in step.blocks or not is_whole(context, step.emb, options):
+        if step is None or block is None or block not in step.blocks or not is_whole(context, step.emb, options):
             return n, context, value
         module, emb = student.site(sites[block]), step.emb
         if isinstance(module, OfficialSite):
@@ -80,7 +80,8 @@ def make_patches(
                 options[STATE] = Call(module, output=module(n, emb))
                 return n, context[:, :1], value[:, :1]
             return n, context, value
-        plan = student.plan(*options["activations_shape"][-2:], token_budget)
+        height, width = options["activations_shape"][-2:]
+        plan = student.plan(height, width, token_budget)
         if plan.coarse + plan.chosen >= plan.tokens:
             return n, context, value
         keys, log_weights = module.build_context(context, emb, plan)

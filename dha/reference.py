@@ -60,6 +60,8 @@ def list_keys(site: HybridSite, x: Tensor, emb: Tensor, plan: ContextPlan) -> tu
 def score_tokens(site: HybridSite, x: Tensor, emb: Tensor) -> Tensor:
     """Router scores (N,): r_n = <x_n, LN(g(t))> / sqrt(C)."""
     router = site.router
+    if router is None:
+        raise ValueError("scores need a router, this site has none")
     gate = router.leave(torch.nn.functional.silu(router.enter(emb)))
     gate = (gate - gate.mean()) / (gate.var(unbiased=False) + 1e-5).sqrt()
     return x @ gate / len(gate) ** 0.5

@@ -58,17 +58,15 @@ def blank_unused_words(text: dict, used: set[int]) -> dict:
 def save_checkpoint(
     path: Path, unet: nn.Module, text: nn.Module, autoencoder: nn.Module, used: set[int], record: dict
 ) -> None:
-    """Write the checkpoint atomically; refuses weights that the loader would take for a v-prediction model."""
+    """Write the checkpoint atomically; refuses weights that the loader would not take for v-prediction."""
     state = assemble_checkpoint(
         unet.state_dict(), blank_unused_words(text.state_dict(), used), autoencoder.state_dict()
     )
     spread = (
         state["model.diffusion_model.output_blocks.11.1.transformer_blocks.0.norm1.bias"].float().std(unbiased=False)
     )
-    if spread > 0.09:
-        raise ValueError(
-            f"norm1.bias of the last block spreads by {spread:.3f} > 0.09: ComfyUI would read v-prediction"
-        )
+    if spread <= 0.09:
+        raise ValueError(f"norm1.bias of the last block spreads by {spread:.3f}; ComfyUI reads v-prediction above 0.09")
     metadata = {
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.architecture": "stable-diffusion-v2-mini",
