@@ -44,7 +44,7 @@ class Studio:
         self.host, self.base, self.checkpoint = host, base, checkpoint
         folder_paths.add_model_folder_path("checkpoints", str(checkpoint.parent))
         self.model, self.clip, _ = host.call("CheckpointLoaderSimple", ckpt_name=checkpoint.name)
-        (self.positive,) = host.call("CLIPTextEncode", clip=self.clip, text="red apple left of rocket")
+        (self.positive,) = host.call("CLIPTextEncode", clip=self.clip, text="red apple left of lemon")
         (self.negative,) = host.call("CLIPTextEncode", clip=self.clip, text="")
         self.architecture = read_architecture(self.model.model.diffusion_model.state_dict())
 

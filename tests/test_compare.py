@@ -15,7 +15,7 @@ from workflows.formats import fill_defaults, to_api
 from workflows.graphs import CHECKPOINT, FOLDER, STUDENT, Picture, build_examples, compare, node, prepare, time_models
 from workflows.server import ServerError, find_comfyui, serve
 
-PICTURE = Picture("red apple left of rocket, noto style, sky blue background", width=64, height=64, steps=3)
+PICTURE = Picture("red apple left of lemon, noto style, sky blue background", width=64, height=64, steps=3)
 TEACHER = FOLDER / "models" / "checkpoints" / CHECKPOINT
 OURS = ("CompareModels", "ComparePictures")
 

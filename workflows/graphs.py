@@ -15,8 +15,8 @@ FOLDER = Path(__file__).resolve().parent
 CHECKPOINT, STUDENT = "mini-sd21.safetensors", "mini-sd21-dha.safetensors"
 
 SMALLEST_NOTE = """## The smallest graph
-The mini SD-2.1 that comes with this pack draws 128x128 emoji art with a DHA student in place of part of its
-self-attention. Bypass *Apply DHA* (Ctrl+B) to see the original.
+The mini SD-2.1 that comes with this pack draws 128x128 emoji art, animals and food, with a DHA student in place of
+part of its self-attention. Bypass *Apply DHA* (Ctrl+B) to see the original.
 
 **With your own SD-2.1:** choose the checkpoint, set the size to 512 or more, and choose a student of that architecture.
 Without one, bypass or delete *Load DHA Student*: *Apply DHA* then works training-free."""
@@ -24,8 +24,8 @@ COMPARE_NOTE = """## The same prompt and seed, twice
 *Compare Models* runs the original and the student from the same noise and times both. *Compare Pictures* shows
 original | student | difference.
 
-**Mini model:** 128x128, prompts such as `red apple left of rocket, noto style, sky blue background`. At this size
-self-attention costs next to nothing, so look at the difference here, not at the seconds.
+**Mini model:** 128x128, animals and food, prompts such as `red apple left of lemon, noto style, sky blue background`.
+Here self-attention costs next to nothing, so look at the difference here, not at the seconds.
 
 **With your own SD-2.1:** choose the checkpoint, set the size to 512 or more (the larger, the more DHA saves), cfg to
 about 7, and a student of that architecture. Without one, delete *Load DHA Student*: *Apply DHA* then works
@@ -129,7 +129,7 @@ def compare(checkpoint: str, picture: Picture, student: str | None = None, **set
 
 def build_examples(object_info: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """The shipped graphs in UI format by file name."""
-    picture = Picture("red apple left of rocket, noto style, sky blue background")
+    picture = Picture("red apple left of lemon, noto style, sky blue background")
     start = {"1": (0, 0), "5": (0, 4), "2": (1, 0), "3": (1, 5), "4": (1, 10), "6": (1, 15)}
     small = {**start, "7": (2, 0), "8": (2, 8), "9": (3, 0)}
     large = {**start, "7": (2, 0), "8": (2, 10), "9": (2, 13), "10": (3, 0), "11": (4, 0), "12": (3, 6), "13": (5, 0)}

@@ -18,11 +18,11 @@ from .results import Comparison
 # The last pair, a rocket in the flat style, was kept from the training; its concept was seen in other styles.
 PROMPTS = (
     "octopus, noto style, sky blue background",
-    "red apple left of rocket, noto style, sky blue background",
+    "red apple left of lemon, noto style, sky blue background",
     "owl above mushroom, twitter style, yellow background",
     "two mirrored tropical fish, blob style, green background",
     "checkerboard of strawberry and lemon, flat style, white background",
-    "rocket, flat style, pink background",
+    "tiger face, flat style, pink background",
     "penguin left of sunflower, emojione style, purple background",
     "checkerboard of hamburger and red apple, glossy 3d style, gray background",
 )
