@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import json
-import sys
 from pathlib import Path
 
 import torch
@@ -76,7 +75,7 @@ def main() -> None:
     from .evaluate import to_markdown, write_text
     from .evaluation import Subject, measure_errors
     from .imitation import student_options
-    from .loop import Run, current_commit, train_student
+    from .loop import Run, current_command, current_commit, train_student
     from .pairs import find_pairs, load_encoded
 
     levels = tuple(args.levels)
@@ -101,7 +100,7 @@ def main() -> None:
                 teacher, pairs, run, args.out / f"{stem}.safetensors", args.out / f"{stem}.state.pt"
             )
             measure(f"trained {args.transfer_steps}+{args.imitation_steps}: {name}", student_options(student))
-    record = {"command": " ".join(["python -m dkd_trainer.ablation", *sys.argv[1:]]), "commit": current_commit()}
+    record = {"command": current_command("dkd_trainer.ablation"), "commit": current_commit()}
     write_text(args.out / "ablation.json", json.dumps({**record, "pairs": args.count, "rows": rows}, indent=1))
     write_text(args.out / "ablation.md", to_markdown(rows))
 

@@ -80,7 +80,7 @@ def main() -> None:
     args = read_arguments()
     ensure_comfy(args.comfyui)
     from .evaluation import compare_pictures, draw_pictures, measure_errors, read_real
-    from .loop import current_commit
+    from .loop import current_command, current_commit
     from .metrics.features import load_feature_net
     from .metrics.prompt_score import load_prompt_scorer
     from .pairs import find_pairs, load_encoded
@@ -106,7 +106,7 @@ def main() -> None:
         print(subject.name, json.dumps(rows[subject.name]), flush=True)
     rows["real pictures"] = compare_pictures(real, real, real, prompts, None, scorer)
     record = {
-        "command": " ".join(["python -m dkd_trainer.evaluate", *sys.argv[1:]]),
+        "command": current_command("dkd_trainer.evaluate"),
         "commit": current_commit(),
         "pairs": len(pairs),
     }

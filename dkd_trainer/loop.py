@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -156,3 +157,9 @@ def current_commit() -> str:
     """The repository's commit, or `unknown` outside one."""
     done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     return done.stdout.strip() or "unknown"
+
+
+def current_command(module: str) -> str:
+    """The command line that runs now, with absolute paths cut to their last part: it goes into records for others."""
+    arguments = [Path(a).name if Path(a).is_absolute() else a for a in sys.argv[1:]]
+    return " ".join(["python -m", module, *arguments])

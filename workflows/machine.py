@@ -1,7 +1,9 @@
 """What a figure has to name beside it: the processor and the commit."""
 
 import platform
+import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 from .server import PACK
@@ -21,3 +23,9 @@ def read_commit() -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+
+
+def describe_command(module: str) -> str:
+    """The command line that runs now, with absolute paths cut to their last part: it is shown to others."""
+    arguments = [Path(a).name if Path(a).is_absolute() else a for a in sys.argv[1:]]
+    return shlex.join(["python", "-m", module, *arguments])

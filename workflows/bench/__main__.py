@@ -4,13 +4,13 @@ import argparse
 import importlib.util
 import math
 import os
-import shlex
 import sys
 import time
 from pathlib import Path
 
 import torch
 
+from ..machine import describe_command
 from ..server import find_comfyui
 from .report import Run, describe_machine, write_report
 from .subjects import DTYPES, KINDS, build_model, build_subjects, load_model
@@ -130,7 +130,7 @@ def run_bench(arguments: argparse.Namespace) -> None:
     device = choose_device(arguments.device)
     import comfyui_version
 
-    command = shlex.join(["python", "-m", "workflows.bench", *sys.argv[1:]])
+    command = describe_command("workflows.bench")
     run = Run(describe_machine(device, comfyui_version.__version__, command), describe_settings(arguments), [])
     stem = f"speed-{'mini-' if arguments.mini else ''}{device.type}-{arguments.dtype}"
     dtype = DTYPES[arguments.dtype]

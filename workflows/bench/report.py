@@ -91,7 +91,7 @@ def describe_machine(device: torch.device, comfyui: str, command: str) -> dict[s
         "comfyui": comfyui,
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "system": platform.platform(),
+        "system": platform.system(),
         "commit": read_commit(),
         "command": command,
     }

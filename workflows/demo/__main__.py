@@ -3,7 +3,6 @@
 import argparse
 import os
 import platform
-import shlex
 import signal
 import sys
 import tempfile
@@ -11,7 +10,7 @@ import time
 from pathlib import Path
 
 from ..graphs import CHECKPOINT, STUDENT
-from ..machine import name_processor, read_commit
+from ..machine import describe_command, name_processor, read_commit
 from ..server import PACK, Server, ServerError, find_comfyui, serve
 from .measure import PROMPTS, compare_prompts, find_obstacle, time_fullsize
 from .report import check_out, write_report
@@ -55,7 +54,7 @@ def describe_machine(server: Server) -> Machine:
         torch=stats["system"]["pytorch_version"],
         python=platform.python_version(),
         commit=read_commit(),
-        command=shlex.join(["python", "-m", "workflows.demo", *sys.argv[1:]]),
+        command=describe_command("workflows.demo"),
     )
 
 
