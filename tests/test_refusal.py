@@ -106,16 +106,17 @@ def test_levels_without_training(studio):
 
 
 def test_other_prediction_is_said(studio, student, caplog):
-    expected = studio.model.model.model_type.name
-    assert expected == "EPS"
-    studio.apply(student=student)
-    assert not caplog.text
-    student.metadata["prediction"] = "v"
+    assert studio.model.model.model_type.name == "V_PREDICTION"
+    made = student.metadata["prediction"]
     try:
+        student.metadata["prediction"] = "v"
+        studio.apply(student=student)
+        assert not caplog.text
+        student.metadata["prediction"] = "eps"
         studio.apply(student=student)
     finally:
-        student.metadata["prediction"] = "eps"
-    assert "first.safetensors was trained on v prediction, this model uses EPS" in caplog.text
+        student.metadata["prediction"] = made
+    assert "first.safetensors was trained on eps prediction, this model uses V_PREDICTION" in caplog.text
 
 
 def test_wrong_file_in_the_loader(studio):

@@ -30,6 +30,7 @@ def read_arguments() -> argparse.Namespace:
         "--steps", type=int, default=6500, help="UNet steps of 64 scenes; a larger number goes on from the last state"
     )
     parser.add_argument("--out", type=Path, default=CHECKPOINT, help="checkpoint to write, or folder of the pairs")
+    parser.add_argument("--start", type=Path, help="a finished checkpoint to go on from, where its states are lost")
     parser.add_argument(
         "--groups", nargs="+", choices=list(GROUPS), default=list(GROUPS), help="what to draw; may grow later"
     )
@@ -86,6 +87,10 @@ def main() -> None:
         write_pairs(emoji, plan_held_out(emoji, args.held_out_pairs), args.out / "held-out")
         return
     if args.command == "train":
+        from .export import start_from
+
+        if args.start:
+            print(f"going on from {args.start.name}, step {start_from(args.start, args.work)}")
         from .autoencoder import train_autoencoder
         from .teacher import train_teacher
 
@@ -98,3 +103,5 @@ if __name__ == "__main__":
         main()
     except KeyboardInterrupt:
         sys.exit("stopped; the same command goes on from here")
+    except (FileNotFoundError, FileExistsError, RuntimeError) as error:
+        sys.exit(f"dkd_trainer.mini: {error}")

@@ -79,7 +79,8 @@ def train_autoencoder(emoji: Emoji, work: Path, steps: int, batch: int = 32, cro
     first = 0
     if state := load_state(path):
         model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        if "optimizer" in state:
+            optimizer.load_state_dict(state["optimizer"])
         first = state["step"]
     bar = tqdm(range(first, steps), initial=first, total=steps, desc="autoencoder", disable=first >= steps)
     for step in bar:

@@ -5,11 +5,13 @@ import os
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ..host import register_mini
-from .autoencoder import widen
+from ..schedule import save_state
+from .autoencoder import Autoencoder, widen
 
 
 def unet_config(mini) -> dict:
@@ -46,6 +48,20 @@ def assemble_checkpoint(unet: dict, text: dict, autoencoder: dict) -> dict[str, 
     return {name: tensor.detach().to(torch.float16).contiguous() for name, tensor in state.items()}
 
 
+def split_checkpoint(path: Path) -> tuple[dict, dict, dict]:
+    """State dicts of UNet, text encoder and (narrow) autoencoder out of a checkpoint that `save_checkpoint` wrote."""
+    state = {name: tensor.float() for name, tensor in load_file(path).items()}
+    mini = register_mini()
+    prefix = "model.diffusion_model."
+    unet = {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
+    clip = mini.MiniSD21(unet_config(mini)).process_clip_state_dict(dict(state))
+    text = {name.removeprefix("clip_h."): t for name, t in clip.items() if name.startswith("clip_h.")}
+    narrow = Autoencoder().state_dict()
+    wide = {name: state[f"first_stage_model.{name}"] for name in narrow}
+    cut = {name: wide[name][tuple(slice(size) for size in tensor.shape)].clone() for name, tensor in narrow.items()}
+    return unet, text, cut
+
+
 def blank_unused_words(text: dict, used: set[int]) -> dict:
     """The text encoder with zero embeddings for tokens that training never showed."""
     name = "transformer.text_model.embeddings.token_embedding.weight"
@@ -78,3 +94,20 @@ def save_checkpoint(
     partial = path.with_suffix(".partial")
     save_file(state, partial, metadata=metadata)
     os.replace(partial, path)
+
+
+def start_from(path: Path, work: Path) -> int:
+    """Put a checkpoint into `work` as states that training goes on from, optimisers fresh; returns its step.
+
+    Raises FileExistsError when `work` holds a training already.
+    """
+    if (work / "teacher.pt").exists():
+        raise FileExistsError(f"{work} holds a training already; leave out --start to go on with it")
+    unet, text, autoencoder = split_checkpoint(path)
+    with safe_open(path, "pt") as file:
+        step = json.loads(file.metadata()["training"])["steps"]
+    model = {f"unet.{n}": t for n, t in unet.items()} | {f"text.{n}": t for n, t in text.items()}
+    save_state(work / "autoencoder.pt", {"model": autoencoder, "step": 10**9})
+    fresh = {"step": step, "best": float("inf"), "groups": []}
+    save_state(work / "teacher.pt", {"model": model, "average": model, **fresh})
+    return step

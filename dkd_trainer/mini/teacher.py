@@ -117,7 +117,8 @@ def train_teacher(
     if state := load_state(work / "teacher.pt"):
         model.load_state_dict(state["model"])
         average.load_state_dict(state["average"])
-        optimizer.load_state_dict(state["optimizer"])
+        if "optimizer" in state:
+            optimizer.load_state_dict(state["optimizer"])
         first = state["step"]
         if state.get("groups") == list(emoji.groups):  # other groups, other held-out pairs: scores do not compare
             best = state["best"]
