@@ -95,7 +95,7 @@ def compare_pictures(
     return {name: None if value == float("inf") else value for name, value in result.items()}
 
 
-def read_real(folder: Path, names: list[Path], size: int) -> Tensor:
+def read_real(names: list[Path], size: int) -> Tensor:
     """Real pictures (n, 3, size, size) for KID."""
     from .pairs import read_picture
 
