@@ -93,6 +93,7 @@ def save_checkpoint(
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     save_file(state, partial, metadata=metadata)
+    partial.chmod(0o644)  # safetensors writes files that only their owner can read
     os.replace(partial, path)
 
 
