@@ -28,7 +28,7 @@ class DHAConfig:
     token_budget: float = 0.125
     max_tokens: int = 4096
     coarse_share: float = 0.5
-    weighted: bool = True
+    weighted: bool = False
     memory: int = 0
     rank: int = 0
     deltas: tuple[str, ...] = DELTAS

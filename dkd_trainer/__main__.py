@@ -28,6 +28,9 @@ def read_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--levels", type=int, nargs="+", default=[0, 1], help="UNet levels to replace, 0 is the finest")
     parser.add_argument("--token-budget", type=float, default=0.125, help="keys as a share of a level's tokens")
     parser.add_argument("--coarse-share", type=float, default=0.5, help="share of the keys that form the grid")
+    parser.add_argument(
+        "--weighted", action="store_true", help="grid tokens count for all the tokens they stand for, by a bias in softmax"
+    )
     parser.add_argument("--memory", type=int, default=16, help="learned tokens per layer")
     parser.add_argument("--rank", type=int, default=8, help="rank of the corrections of q, k, v and out")
     parser.add_argument("--router", type=int, default=64, help="width of the router, 0 for none")
@@ -55,6 +58,7 @@ def main() -> None:
         levels=tuple(args.levels),
         token_budget=args.token_budget,
         coarse_share=args.coarse_share,
+        weighted=args.weighted,
         memory=args.memory,
         rank=args.rank,
         router_width=args.router,

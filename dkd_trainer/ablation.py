@@ -63,7 +63,7 @@ def list_trained(levels: tuple[int, ...]) -> dict:
         "deltas q, k, v": change(full, deltas=("q", "k", "v")),
         "deltas k, v, out": change(full, deltas=("k", "v", "out")),
         "rank 16": change(full, rank=16),
-        "unweighted": change(full, weighted=False),
+        "weighted": change(full, weighted=True),
         "grid 3/4 of the keys": change(full, coarse_share=0.75),
         "all keys routed": change(full, coarse_share=0.0),
     }

@@ -30,13 +30,14 @@ def attend_fast(site, layer, x, emb, plan):
     return site(SimpleNamespace(**dict(layer.items())), plain_attention, x, emb, plan, HEADS)
 
 
-FULL = {"memory": 5, "rank": 4, "router_width": 8}
+FULL = {"memory": 5, "rank": 4, "router_width": 8, "weighted": True}
 SETTINGS = {
     "all parts": FULL,
     "unweighted": {**FULL, "weighted": False},
-    "grid alone": {},
-    "grid and router": {"router_width": 8},
-    "grid and memory": {"memory": 3},
+    "grid alone": {"weighted": True},
+    "grid alone, unweighted": {},
+    "grid and router": {"router_width": 8, "weighted": True},
+    "grid and memory": {"memory": 3, "weighted": True},
 }
 
 
@@ -89,7 +90,7 @@ def test_stride_one_grid_is_plain_attention():
 
 def test_grid_keeps_its_weight_in_the_normaliser():
     """Chosen and grid keys together weigh as much as all the tokens they stand for."""
-    site, _ = make_layer(router_width=8)
+    site, _ = make_layer(router_width=8, weighted=True)
     plan = ContextPlan(8, 8, strides=(4, 2), chosen=8)
     with torch.no_grad():
         _, weights = site.build_context(torch.randn(2, 64, CHANNELS), torch.randn(2, EMBEDDING), plan)
