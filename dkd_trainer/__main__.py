@@ -29,7 +29,7 @@ def read_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--token-budget", type=float, default=0.125, help="keys as a share of a level's tokens")
     parser.add_argument("--coarse-share", type=float, default=0.5, help="share of the keys that form the grid")
     parser.add_argument(
-        "--weighted", action="store_true", help="grid tokens count for all the tokens they stand for, by a bias in softmax"
+        "--weighted", action="store_true", help="grid tokens count for all they stand for, by a bias in softmax"
     )
     parser.add_argument("--memory", type=int, default=16, help="learned tokens per layer")
     parser.add_argument("--rank", type=int, default=8, help="rank of the corrections of q, k, v and out")
