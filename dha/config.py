@@ -27,7 +27,7 @@ class DHAConfig:
     levels: tuple[int, ...] = (0,)
     token_budget: float = 0.125
     max_tokens: int = 4096
-    coarse_share: float = 0.5
+    coarse_share: float = 0.8
     weighted: bool = False
     memory: int = 0
     rank: int = 0

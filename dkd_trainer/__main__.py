@@ -27,7 +27,7 @@ def read_arguments(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--levels", type=int, nargs="+", default=[0, 1], help="UNet levels to replace, 0 is the finest")
     parser.add_argument("--token-budget", type=float, default=0.125, help="keys as a share of a level's tokens")
-    parser.add_argument("--coarse-share", type=float, default=0.5, help="share of the keys that form the grid")
+    parser.add_argument("--coarse-share", type=float, default=0.8, help="share of the keys that form the grid")
     parser.add_argument(
         "--weighted", action="store_true", help="grid tokens count for all they stand for, by a bias in softmax"
     )
