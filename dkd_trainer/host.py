@@ -57,7 +57,6 @@ class Teacher:
         self.unet = self.model.model.diffusion_model.float().to(device).eval().requires_grad_(False)
         state = self.unet.state_dict()
         self.architecture, self.fingerprint = read_architecture(state), fingerprint(state)
-        self.sampling = self.model.get_model_object("model_sampling")
         self.prediction = "v" if self.model.model.model_type.name == "V_PREDICTION" else "eps"
         self.head_width = self.attention(SITES[0]).dim_head
 
@@ -80,11 +79,6 @@ class Teacher:
     def encode_prompt(self, prompt: str) -> torch.Tensor:
         """A prompt -> context (1, 77, C)."""
         return self.clip.encode_from_tokens(self.clip.tokenize(prompt)).float()
-
-    @property
-    def sigmas(self) -> torch.Tensor:
-        """Noise levels of the 1000 training timesteps, ascending."""
-        return self.sampling.sigmas.float().cpu()
 
     def predict(
         self, latents: torch.Tensor, t: torch.Tensor, context: torch.Tensor, options: dict | None = None

@@ -50,7 +50,7 @@ class Run:
 def train_student(teacher: Teacher, pairs: dict[str, Tensor], run: Run, out: Path, state_file: Path) -> Student:
     """Distil a student from encoded pairs; the same call resumes from `state_file`. Raises FloatingPointError on NaN.
 
-    `out` is written at the end of each stage with the averaged weights.
+    `out` is written at the end with the averaged weights.
     """
     torch.manual_seed(run.seed)
     student = Student(run.config, teacher.architecture).start().to(teacher.device)

@@ -51,7 +51,7 @@ def write_pairs(emoji, scenes: list, folder: Path) -> None:
 def export(work: Path, out: Path, emoji, autoencoder_steps: int) -> None:
     """Write the averaged weights that were best on held-out pairs as a checkpoint."""
     from .autoencoder import train_autoencoder
-    from .data import plan_chunk
+    from .data import CHUNKS, plan_chunk
     from .export import save_checkpoint
     from .model import Tokens
     from .teacher import MiniTeacher
@@ -62,7 +62,7 @@ def export(work: Path, out: Path, emoji, autoencoder_steps: int) -> None:
     tokens, rng = Tokens(), random.Random(0)
     shown = {
         t
-        for n in range(8)
+        for n in range(CHUNKS)
         for s in plan_chunk(emoji, n)
         for t in tokens([emoji.caption(s), emoji.caption(s, rng)]).flatten().tolist()
     }
@@ -77,12 +77,12 @@ def export(work: Path, out: Path, emoji, autoencoder_steps: int) -> None:
 def main() -> None:
     args = read_arguments()
     ensure_comfy(args.comfyui)
-    from .data import load_emoji, plan_chunk, plan_held_out
+    from .data import CHUNK, load_emoji, plan_chunk, plan_held_out
 
     args.work.mkdir(parents=True, exist_ok=True)
     emoji = load_emoji(args.work, tuple(args.groups))
     if args.command == "pairs":
-        chunks = [scene for number in range(-(-args.train_pairs // 2048)) for scene in plan_chunk(emoji, number)]
+        chunks = [scene for number in range(-(-args.train_pairs // CHUNK)) for scene in plan_chunk(emoji, number)]
         write_pairs(emoji, chunks[: args.train_pairs], args.out / "train")
         write_pairs(emoji, plan_held_out(emoji, args.held_out_pairs), args.out / "held-out")
         return

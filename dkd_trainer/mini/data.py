@@ -60,7 +60,7 @@ def draw_crops(emoji: Emoji, rng: random.Random, batch: int, crop: int) -> torch
     return to_tensor(np.stack(crops))
 
 
-CHUNK = 2048
+CHUNK, CHUNKS = 2048, 8  # scenes encoded together, and how many such chunks the teacher sees
 
 
 def plan_chunk(emoji: Emoji, number: int) -> list[Scene]:

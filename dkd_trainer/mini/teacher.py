@@ -13,7 +13,7 @@ from tqdm import tqdm
 from ..diffusion import add_noise, sample_euler, to_noise, training_target
 from ..schedule import load_state, save_state, trapezoid_rate
 from .autoencoder import decode, encode
-from .data import Emoji, chunk_path, encode_scenes, load_chunk, plan_chunk, plan_held_out
+from .data import CHUNKS, Emoji, chunk_path, encode_scenes, load_chunk, plan_chunk, plan_held_out
 from .model import Tokens, build_text_encoder, build_unet, encode_text
 
 
@@ -106,7 +106,7 @@ class HeldOut:
 
 
 def train_teacher(
-    emoji: Emoji, autoencoder: nn.Module, work: Path, steps: int, batch: int = 64, chunks: int = 8
+    emoji: Emoji, autoencoder: nn.Module, work: Path, steps: int, batch: int = 64, chunks: int = CHUNKS
 ) -> MiniTeacher:
     """Train up to `steps`; resumes from `teacher.pt`, keeps the weights best on held-out pairs in `best.pt`."""
     model, average, tokens = MiniTeacher(), MiniTeacher(), Tokens()
