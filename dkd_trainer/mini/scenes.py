@@ -31,8 +31,6 @@ class Scene:
     second: int
     style: str
     background: str
-    scale: float
-    shift: tuple[float, float]
 
     def to_json(self) -> dict:
         return asdict(self)
@@ -43,8 +41,7 @@ def draw_recipe(rng: random.Random, by_style: dict[str, list[int]], kind: str | 
     style = rng.choices(list(by_style), [len(v) for v in by_style.values()])[0]
     kind = kind or rng.choices(list(KINDS), list(KINDS.values()))[0]
     first, second = rng.sample(by_style[style], 2)
-    shift = (rng.uniform(-1, 1), rng.uniform(-1, 1))
-    return Scene(kind, first, second, style, rng.choice(list(BACKGROUNDS)), rng.uniform(0.65, 0.92), shift)
+    return Scene(kind, first, second, style, rng.choice(list(BACKGROUNDS)))
 
 
 def draw_picture(scene: Scene, pictures: np.ndarray, size: int) -> np.ndarray:
@@ -57,9 +54,8 @@ def draw_picture(scene: Scene, pictures: np.ndarray, size: int) -> np.ndarray:
             picture = picture.transpose(Image.FLIP_LEFT_RIGHT)
         canvas.alpha_composite(picture, (round(size * x), round(size * y)))
 
-    margin = (1 - scene.scale) / 2
     if scene.kind == "one":
-        paste(scene.first, scene.scale, *(margin * (1 + s) for s in scene.shift))
+        paste(scene.first, 0.92, 0.04, 0.04)
     elif scene.kind == "left":
         paste(scene.first, 0.46, 0.02, 0.27)
         paste(scene.second, 0.46, 0.52, 0.27)
