@@ -16,6 +16,8 @@ from .autoencoder import decode, encode
 from .data import CHUNKS, Emoji, chunk_path, encode_scenes, load_chunk, plan_chunk, plan_held_out
 from .model import Tokens, build_text_encoder, build_unet, encode_text
 
+RATE = 5e-4
+
 
 def attend_small(_attention, q, k, v, heads, *_args, **_kwargs):
     """Attention by two matrix products, (B, N, C): a CPU's backward is faster than SDPA's at few tokens."""
@@ -105,6 +107,11 @@ class HeldOut:
         Image.fromarray(np.concatenate(rows)).save(path)
 
 
+def draw_times(batch: int, generator: torch.Generator) -> torch.Tensor:
+    """Timesteps (B,), most of them where shapes are decided: logit-normal (arXiv 2403.03206, section 3.1)."""
+    return (1000 * torch.randn(batch, generator=generator).sigmoid()).long().clamp(max=999)
+
+
 def train_teacher(
     emoji: Emoji, autoencoder: nn.Module, work: Path, steps: int, batch: int = 64, chunks: int = CHUNKS
 ) -> MiniTeacher:
@@ -112,7 +119,7 @@ def train_teacher(
     model, average, tokens = MiniTeacher(), MiniTeacher(), Tokens()
     average.load_state_dict(model.state_dict())
     average.requires_grad_(False)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=8e-4, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
     corpus, first, best, log = Corpus(emoji, autoencoder, work), 0, float("inf"), work / "teacher.log"
     if state := load_state(work / "teacher.pt"):
         model.load_state_dict(state["model"])
@@ -130,11 +137,11 @@ def train_teacher(
         if step % 100 == 99 and corpus.chunks < chunks:
             corpus.grow()
         for group in optimizer.param_groups:
-            group["lr"] = 8e-4 * trapezoid_rate(step, steps)
+            group["lr"] = RATE * trapezoid_rate(step, steps)
         latents, captions = corpus.draw(random.Random(f"batch {step}"), batch)
         generator = torch.Generator().manual_seed(step)
         noise = torch.randn(latents.shape, generator=generator)
-        t = torch.randint(0, 1000, (batch,), generator=generator)
+        t = draw_times(batch, generator)
         with torch.autocast("cpu", torch.bfloat16):
             prediction = model(add_noise(latents, noise, t), t, tokens(captions))
         loss = F.mse_loss(prediction, training_target(latents, noise, t, "v"))
