@@ -2,24 +2,23 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from .config import DHAConfig
 from .sites import SITES, Architecture
 from .student import Student
-
-FORMAT, VERSION = "dha-student", 1
+from .weight_file import FileKind, check_weights, read_file, shorten, write_weights
 
 
 class StudentFileError(ValueError):
     """The file is no student, or none for this use; says what was found, what was expected and what to do."""
+
+
+STUDENT = FileKind("dha-student", 1, "student", "DHA student", "models/dha", StudentFileError)
 
 
 def save_student(
@@ -29,29 +28,14 @@ def save_student(
 
     A crash leaves the old file or none. Raises StudentFileError when a weight is not finite.
     """
-    weights = {k: v.detach().to("cpu", torch.float16).contiguous() for k, v in student.named_weights().items()}
-    if bad := [name for name, tensor in weights.items() if not torch.isfinite(tensor).all()]:
-        raise StudentFileError(f"{bad[0]} (of {len(bad)}) is not finite in fp16; the student was not saved")
     metadata = {
-        "format": FORMAT,
-        "version": str(VERSION),
         "config": student.config.to_json(),
         "architecture": describe_architecture(student.architecture),
         "prediction": prediction,
         "teacher": teacher,
         "training": json.dumps(training or {}),
-        "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": f"stable-diffusion-v2/{FORMAT}",
-        "modelspec.title": path.stem,
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_bytes(save(weights, metadata=metadata))  # `save_file` would keep other users from reading it
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+    write_weights(path, STUDENT, student.named_weights(), metadata)
 
 
 def describe_architecture(architecture: Architecture) -> str:
@@ -62,13 +46,13 @@ def describe_architecture(architecture: Architecture) -> str:
 
 def load_student(path: Path, operations=nn, head_width: int = 64, dtype: torch.dtype = torch.float32) -> Student:
     """Read and check a student file, weights in `dtype`; raises StudentFileError for every wrong file."""
-    metadata, weights = read_file(path)
-    check_format(path, metadata)
+    metadata, weights = read_file(path, STUDENT)
     config, architecture = read_description(path, metadata)
     check_heads(path, config, architecture, head_width)
     with torch.device("meta"):
         student = Student(config, architecture, operations, head_width)
-    check_weights(path, student.named_weights(), weights)
+    expected = {name: tensor.shape for name, tensor in student.named_weights().items()}
+    check_weights(path, STUDENT, expected, weights)
     student.to_empty(device="cpu").to(dtype)
     with torch.no_grad():
         for name, tensor in student.named_weights().items():
@@ -78,43 +62,7 @@ def load_student(path: Path, operations=nn, head_width: int = 64, dtype: torch.d
 
 def read_metadata(path: Path) -> dict[str, str]:
     """The text entries of a student file, checked for format and version alone."""
-    metadata, _ = read_file(path, tensors=False)
-    check_format(path, metadata)
-    return metadata
-
-
-def read_file(path: Path, tensors: bool = True) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Metadata and tensors of a safetensors file; raises StudentFileError when it is none."""
-    if not path.is_file():
-        found = "is a folder" if path.is_dir() else "does not exist"
-        raise StudentFileError(f"{path} {found}, expected a student file; put those into ComfyUI's models/dha folder")
-    try:
-        with safe_open(path, "pt") as file:
-            weights = {name: file.get_tensor(name) for name in file.keys()} if tensors else {}  # noqa: SIM118
-            return file.metadata() or {}, weights
-    except (SafetensorError, OSError, ValueError, TypeError, AttributeError, RuntimeError) as error:
-        raise StudentFileError(
-            f"{path.name} is not a whole safetensors file ({shorten(error)}); it may be a cut-off download or another "
-            "kind of file renamed: download it again"
-        ) from error
-
-
-def check_format(path: Path, metadata: Mapping[str, str]) -> None:
-    """Raise StudentFileError unless the metadata says it is a student of a version we know."""
-    if metadata.get("format") != FORMAT:
-        raise StudentFileError(
-            f"{path.name} is not a DHA student (format {shorten(metadata.get('format'))!r}, expected {FORMAT!r}); "
-            "checkpoints and LoRAs have loaders of their own"
-        )
-    version = metadata.get("version", "")
-    if not (version.isascii() and version.isdigit()) or len(version) > 9:
-        raise StudentFileError(
-            f"{path.name} has version {version[:20]!r}, expected a number up to {VERSION}; get the file again"
-        )
-    if int(version) > VERSION or int(version) < 1:
-        raise StudentFileError(
-            f"{path.name} has version {version}, this pack reads up to {VERSION}; update the pack to use this student"
-        )
+    return read_file(path, STUDENT, tensors=False)[0]
 
 
 def read_description(path: Path, metadata: Mapping[str, str]) -> tuple[DHAConfig, Architecture]:
@@ -126,12 +74,6 @@ def read_description(path: Path, metadata: Mapping[str, str]) -> tuple[DHAConfig
             f"{path.name}: its description cannot be read ({shorten(error)}); it is damaged or comes from another "
             "program: get the file again"
         ) from error
-
-
-def shorten(error: object) -> str:
-    """A message of a length that a user reads, whatever a file made it quote."""
-    text = str(error)
-    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def parse_architecture(text: str) -> Architecture:
@@ -159,30 +101,6 @@ def check_heads(path: Path, config: DHAConfig, architecture: Architecture, head_
             f"{path.name} is a student of mode 'official' with layers {odd[0]} wide, expected multiples of the head "
             f"width {head_width}; use a student of mode 'hybrid' for this architecture"
         )
-
-
-def check_weights(path: Path, expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
-    """Raise StudentFileError for missing, surplus, wrongly shaped or non-finite tensors."""
-    missing, surplus = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
-    if missing or surplus:
-        raise StudentFileError(
-            f"{path.name} does not fit its description: {len(missing)} tensors missing {missing[:1]}, "
-            f"{len(surplus)} surplus {[shorten(name) for name in surplus[:1]]}; get the file again"
-        )
-    for name, tensor in found.items():
-        if tensor.shape != expected[name].shape:
-            raise StudentFileError(
-                f"{path.name}: {name} has shape {tuple(tensor.shape)}, expected {tuple(expected[name].shape)}; "
-                "get the file again"
-            )
-        if not tensor.is_floating_point():
-            raise StudentFileError(
-                f"{path.name}: {name} is {tensor.dtype}, expected a floating-point type; get the file again"
-            )
-        if not torch.isfinite(tensor.to(torch.float16)).all():  # fp16 is what a GPU computes in
-            raise StudentFileError(
-                f"{path.name}: {name} holds values that are not finite numbers in fp16; get the file again"
-            )
 
 
 def check_architecture(name: str, student: Architecture, model: Architecture) -> None:
