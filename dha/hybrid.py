@@ -41,10 +41,14 @@ class Memory(nn.Module):
 
 
 class Context(NamedTuple):
-    """Keys before projection (B, m, C) and what each adds to its logits (B or 1, m), None where that is zero."""
+    """Keys before projection (B, m, C) and what each adds to its logits (B or 1, m), None where that is zero.
+
+    `chosen` are the numbers (B, k) of the tokens that the router picked, None without a router.
+    """
 
     tokens: Tensor
     log_weights: Tensor | None
+    chosen: Tensor | None
 
 
 class HybridSite(nn.Module):
@@ -97,8 +101,8 @@ class HybridSite(nn.Module):
             weights.append(self.memory.log_weight.to(x)[None])
         tokens = torch.cat(parts, dim=1)
         if self.is_uniform(plan):
-            return Context(tokens, None)
-        return Context(tokens, torch.cat([w.expand(len(x), -1) for w in weights], dim=1))
+            return Context(tokens, None, chosen)
+        return Context(tokens, torch.cat([w.expand(len(x), -1) for w in weights], dim=1), chosen)
 
     def forward(
         self, attention: nn.Module, attend: Callable, x: Tensor, emb: Tensor, plan: ContextPlan, heads: int
@@ -107,7 +111,7 @@ class HybridSite(nn.Module):
 
         `attend(q, k, v, options, mask)` is as in `dha.patch`.
         """
-        keys, weights = self.build_context(x, emb, plan)
+        keys, weights, _ = self.build_context(x, emb, plan)
         q = attention.to_q(self.correct("q", x))
         k, v = attention.to_k(self.correct("k", keys)), attention.to_v(self.correct("v", keys))
         mask = None if weights is None else weights[:, None, None].to(q.dtype)

@@ -9,10 +9,16 @@ from torch import Tensor
 from .hybrid import HybridSite
 from .official import OfficialSite
 from .routing import ContextPlan
+from .sites import Site
 from .student import Student
 
 STEP = "dha_step"  # key in transformer_options under which a forward's Step travels to the blocks
+WATCH = "dha_watch"  # key in transformer_options for one who wants to know what each call chose; see `Watch`
 STATE = "dha_state"  # key in a block's extra_options under which our patches of one call talk to each other
+
+
+# Called with the site, its plan, the tokens (B, k) that its router chose or None, and the block's extra_options.
+Watch = Callable[[Site, ContextPlan, Tensor | None, dict], None]
 
 
 class Patches(NamedTuple):
@@ -84,7 +90,9 @@ def make_patches(
         plan = student.plan(height, width, token_budget)
         if plan.coarse + plan.chosen >= plan.tokens:
             return n, context, value
-        keys, log_weights = module.build_context(context, emb, plan)
+        keys, log_weights, chosen = module.build_context(context, emb, plan)
+        if WATCH in options:
+            options[WATCH](sites[block], plan, chosen, options)
         options[STATE] = Call(module, log_weights)
         return module.correct("q", n), module.correct("k", keys), module.correct("v", keys)
 

@@ -93,7 +93,7 @@ def test_grid_keeps_its_weight_in_the_normaliser():
     site, _ = make_layer(router_width=8, weighted=True)
     plan = ContextPlan(8, 8, strides=(4, 2), chosen=8)
     with torch.no_grad():
-        _, weights = site.build_context(torch.randn(2, 64, CHANNELS), torch.randn(2, EMBEDDING), plan)
+        _, weights, _ = site.build_context(torch.randn(2, 64, CHANNELS), torch.randn(2, EMBEDDING), plan)
     torch.testing.assert_close(weights.exp().sum(1), torch.full((2,), 64.0))
 
 
