@@ -1,8 +1,11 @@
 """The one place of the trainer that knows ComfyUI: it makes `comfy` importable and loads teachers as ComfyUI does."""
 
+import hashlib
 import importlib.util
 import os
 import sys
+from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -76,12 +79,45 @@ class Teacher:
         return self.vae.decode(self.model.model.process_latent_out(latents.cpu())).permute(0, 3, 1, 2).clamp(0, 1)
 
     @torch.no_grad()
+    def encode_prompts(self, prompts: list[str]) -> torch.Tensor:
+        """Prompts as they are written, no weights in brackets -> contexts (B, 77, C); what is longer is cut off."""
+        tokens = [self.clip.tokenize(prompt, disable_weights=True) for prompt in prompts]
+        # the host lays the parts of a long prompt one after another: as parts, prompts are encoded in one pass
+        parts = {name: [entry[name][0] for entry in tokens] for name in tokens[0]}
+        return self.clip.encode_from_tokens(parts).float().unflatten(1, (len(prompts), -1))[0]
+
     def encode_prompt(self, prompt: str) -> torch.Tensor:
         """A prompt -> context (1, 77, C)."""
-        return self.clip.encode_from_tokens(self.clip.tokenize(prompt)).float()
+        return self.encode_prompts([prompt])
+
+    @cached_property
+    def text_fingerprint(self) -> str:
+        """A short hash of the text encoder's weights: what cached contexts depend on."""
+        return hash_weights(self.clip.cond_stage_model.state_dict())
+
+    @cached_property
+    def vae_fingerprint(self) -> str:
+        """A short hash of the VAE's weights and the scale of its latents: what cached latents depend on."""
+        scale = self.model.model.process_latent_in(torch.ones(1, 4, 1, 1))
+        return hash_weights({**self.vae.first_stage_model.state_dict(), "latent scale": scale})
+
+    @cached_property
+    def unet_fingerprint(self) -> str:
+        """A short hash of all weights of the UNet: what pictures drawn by the teacher depend on."""
+        return hash_weights(self.unet.state_dict())
 
     def predict(
         self, latents: torch.Tensor, t: torch.Tensor, context: torch.Tensor, options: dict | None = None
     ) -> torch.Tensor:
         """The UNet's raw prediction (B, 4, h, w) for noisy latents at timesteps t (B,); options carry patches."""
         return self.unet(latents, t.float(), context=context, transformer_options=dict(options or {})).float()
+
+
+def hash_weights(state: Mapping[str, torch.Tensor]) -> str:
+    """A short hash of named tensors in half precision, the same on every device."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        values = tensor.detach().to("cpu", torch.float16 if tensor.is_floating_point() else tensor.dtype).contiguous()
+        digest.update(f"{name} {tuple(values.shape)}".encode())
+        digest.update(values.numpy().tobytes())
+    return digest.hexdigest()[:16]

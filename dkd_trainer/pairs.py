@@ -1,105 +1,55 @@
-"""Pictures with prompts on disk, and their latents and text embeddings, computed once and kept."""
+"""The pairs of any kind of source, and all their tensors at once where a data set is small."""
 
-import hashlib
-import json
-from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import torch
-from PIL import Image, UnidentifiedImageError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
-from tqdm import tqdm
 
-PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+from .folders import list_folder
+from .pictures import read_picture
+from .prompts import list_prompts
+from .shards import find_shards, list_shards
+from .source import DataError, Listing, Pair
 
-
-class DataError(ValueError):
-    """No usable pairs; the message lists what was found."""
-
-
-@dataclass(frozen=True)
-class Pair:
-    """One picture file and its prompt."""
-
-    picture: Path
-    prompt: str
+__all__ = ["DataError", "Pair", "find_pairs", "list_source", "load_encoded", "read_picture"]
 
 
-def find_pairs(folder: Path) -> tuple[list[Pair], list[str]]:
-    """Pairs in both layouts (`image/x.jpg` + `prompt/x.txt`, or `x.jpg` + `x.txt`), and what was skipped and why.
-
-    Raises DataError when there is no usable pair.
-    """
-    images = folder / "image" if (folder / "image").is_dir() else folder
-    prompts = folder / "prompt" if (folder / "prompt").is_dir() else images
-    pairs, skipped = [], []
-    for picture in sorted(p for p in images.iterdir() if p.suffix.lower() in PICTURES) if images.is_dir() else []:
-        text = prompts / f"{picture.stem}.txt"
-        try:
-            prompt = text.read_text(encoding="utf-8").strip()
-        except (OSError, UnicodeDecodeError) as error:
-            skipped.append(f"{picture.name}: no readable prompt ({type(error).__name__} for {text.name})")
-            continue
-        if not prompt:
-            skipped.append(f"{picture.name}: {text.name} is empty")
-            continue
-        pairs.append(Pair(picture, prompt))
-    if not pairs:
+def list_source(source: Path | str, limit: int | None = None) -> Listing:
+    """The pairs (at most `limit`) of a folder, of .tar shards or of a .txt of prompts; raises DataError without any."""
+    path = Path(source)
+    if path.is_dir():
+        shards = [] if (path / "image").is_dir() else sorted(path.glob("*.tar"))
+        listing = list_shards(shards, str(source)) if shards else list_folder(path)
+    elif path.suffix == ".txt":
+        listing = list_prompts(path)
+    elif ".tar" in str(source):
+        listing = list_shards(find_shards(str(source)), str(source))
+    else:
+        found = "is no folder" if path.exists() else "does not exist"
         raise DataError(
-            f"{folder} holds no picture with a prompt ({len(skipped)} skipped); expected image/NAME.jpg with "
-            "prompt/NAME.txt, or NAME.jpg with NAME.txt side by side"
+            f"{source} {found}; expected a folder with image/NAME.jpg with prompt/NAME.txt or pictures beside their "
+            ".txt, shards as DIR/{00000..00012}.tar, or a .txt with one prompt a line"
         )
-    return pairs, skipped
+    listing.pairs = listing.pairs[:limit]
+    listing.check()
+    return listing
 
 
-def read_picture(path: Path, size: int) -> Tensor:
-    """A picture (3, size, size) in [0, 1], cut to the middle square; raises DataError for a broken file."""
-    try:
-        picture = Image.open(path).convert("RGB")
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path.name} cannot be read as a picture: {error}") from error
-    scale = size / min(picture.size)
-    width, height = (max(size, round(side * scale)) for side in picture.size)
-    picture = picture.resize((width, height), Image.LANCZOS)
-    left, top = (width - size) // 2, (height - size) // 2
-    picture = picture.crop((left, top, left + size, top + size))
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255
-
-
-def cache_key(pairs: list[Pair], size: int, teacher: str) -> str:
-    """A name for the cached tensors of these very files, size and teacher."""
-    listing = [(p.picture.name, p.picture.stat().st_size, p.picture.stat().st_mtime_ns, p.prompt) for p in pairs]
-    return hashlib.sha256(json.dumps([listing, size, teacher]).encode()).hexdigest()[:16]
+def find_pairs(source: Path | str) -> tuple[list[Pair], list[str]]:
+    """The pairs of a source, and what was skipped and why; raises DataError when there is no usable pair."""
+    listing = list_source(source)
+    return listing.pairs, [str(skip) for skip in listing.skipped]
 
 
 def load_encoded(pairs: list[Pair], size: int, teacher, cache: Path) -> tuple[dict[str, Tensor], list[str]]:
-    """`latents` (n, 4, h, w) and `context` (n, 77, C) in fp16 with the empty prompt's as `empty`, and pictures skipped.
+    """`latents` (n, 4, h, w) and `context` (n, 77, C) in fp16 with the empty prompt's as `empty`, and what was skipped.
 
-    Computed once; a kill leaves a whole cache file or none. `teacher` is a `host.Teacher`.
+    All of it in memory: for a few hundred pairs, `open_corpus` is for the others. `teacher` is a `host.Teacher`.
     """
-    path = cache / f"pairs-{cache_key(pairs, size, teacher.fingerprint)}.safetensors"
-    if path.exists():
-        return load_file(path), []
-    latents, contexts, skipped = [], [], []
-    for pair in tqdm(pairs, desc="encode pairs"):
-        try:
-            picture = read_picture(pair.picture, size)
-        except DataError as error:
-            skipped.append(str(error))
-            continue
-        latents.append(teacher.encode_picture(picture[None])[0].half())
-        contexts.append(teacher.encode_prompt(pair.prompt)[0].half())
-    if not latents:
-        raise DataError(f"none of the {len(pairs)} pictures could be read; the first: {skipped[0]}")
-    tensors = {
-        "latents": torch.stack(latents),
-        "context": torch.stack(contexts),
-        "empty": teacher.encode_prompt("").half(),
-    }
-    cache.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    save_file(tensors, partial)
-    partial.rename(path)
-    return tensors, skipped
+    from .buckets import Framing
+    from .corpus import encode_listing
+
+    listing = Listing("the list", "pictures with prompts", list(pairs))
+    corpus = encode_listing(listing, teacher, cache, Framing(size))
+    latents, context = corpus.read(range(len(corpus)))
+    tensors = {"latents": latents.half(), "context": context.half(), "empty": corpus.empty.half()}
+    return tensors, [str(skip) for skip in corpus.skipped]
