@@ -4,13 +4,22 @@ from comfy_api.latest import ComfyExtension
 
 from . import mini_sd21, model_folders
 from .apply import ApplyDHA
-from .compare import CompareModels, ComparePictures
+from .benchmark import Benchmark
+from .compare import CompareModels
+from .compare_pictures import ComparePictures
+from .control import ApplyFrequencyControl, LoadFrequencyControl
+from .frequency import FrequencyFilter
 from .load import LoadDHAStudent
+from .routing_map import RoutingMap
+from .save_report import SaveReport
+
+WEB_DIRECTORY = "./web"  # what the browser gets, seen from the root
 
 
 class DHAExtension(ComfyExtension):
     async def get_node_list(self):
-        return [LoadDHAStudent, ApplyDHA, CompareModels, ComparePictures]
+        control = [FrequencyFilter, LoadFrequencyControl, ApplyFrequencyControl]
+        return [LoadDHAStudent, ApplyDHA, CompareModels, ComparePictures, SaveReport, *control]
 
 
 async def comfy_entrypoint() -> DHAExtension:

@@ -92,7 +92,7 @@ def apply_student(model, loaded: LoadedStudent | None, levels, token_budget: flo
         student = loaded.patcher.model
         check_architecture(loaded.name, student.architecture, architecture)
         check_levels(loaded.name, student, levels)
-        warn_prediction(loaded, model)
+        warn_prediction("Apply DHA", loaded.name, loaded.metadata.get("prediction", ""), model)
     chosen = student.config.levels if levels is None else levels
     taken = find_replaced(model) & {site.block for site in student.list_sites() if site.level in chosen}
     if taken:
@@ -147,9 +147,9 @@ def check_levels(name: str, student: Student, levels: tuple[int, ...] | None) ->
         )
 
 
-def warn_prediction(loaded: LoadedStudent, model) -> None:
-    """Say it when a student of a noise-predicting model meets a v-predicting one or the other way round."""
-    found, made = model.model.model_type.name, loaded.metadata.get("prediction", "")
+def warn_prediction(node: str, name: str, made: str, model) -> None:
+    """Say it when a file made for a noise-predicting model (`eps`) meets a v-predicting one (`v`) or the other way."""
+    found = model.model.model_type.name
     expected = {"eps": "EPS", "v": "V_PREDICTION"}.get(made)
     if expected and found != expected:
-        logging.warning("Apply DHA: %s was trained on %s prediction, this model uses %s.", loaded.name, made, found)
+        logging.warning("%s: %s was trained on %s prediction, this model uses %s.", node, name, made, found)

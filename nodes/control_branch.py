@@ -1,0 +1,105 @@
+"""A frequency control inside ComfyUI: built on the host's own UNet layers, run before each UNet call, steering it."""
+
+import logging
+import weakref
+from dataclasses import dataclass, field
+
+import comfy.model_management
+import comfy.model_patcher
+import comfy.ops
+import comfy.utils
+import torch
+from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+
+from ..dha.checkpoint import fingerprint
+from ..dha.control import FCNet, Pair
+from ..dha.control_file import ControlFile, check_control
+from ..dha.control_weights import merge_weights
+from ..dha.frequency import filter_band
+from ..dha.sites import read_architecture
+
+FOREIGN = ("patches", "patches_replace")  # what other nodes changed is meant for the UNet, not for the branch
+
+
+@dataclass
+class LoadedControl:
+    """A control file, and the branches built from it, one for each checkpoint that it was connected to."""
+
+    name: str
+    file: ControlFile
+    branches: weakref.WeakKeyDictionary = field(default_factory=weakref.WeakKeyDictionary)
+
+    def build_for(self, model) -> comfy.model_patcher.ModelPatcher:
+        """The branch for a model, in the hands of ComfyUI's memory management; built once for each checkpoint.
+
+        Raises ControlFileError or ArchitectureError when the two do not fit.
+        """
+        if model.model not in self.branches:
+            self.branches[model.model] = build_branch(model, self.name, self.file)
+        return self.branches[model.model]
+
+
+def build_branch(model, name: str, control: ControlFile) -> comfy.model_patcher.ModelPatcher:
+    """A control branch of ComfyUI's own UNet layers with a file's weights."""
+    base = read_base(model)
+    architecture = read_architecture(base)
+    device = comfy.model_management.get_torch_device()
+    dtype = torch.float16 if comfy.model_management.should_use_fp16(device) else torch.float32
+    config = {**model.model.model_config.unet_config, "dtype": dtype, "device": "meta"}
+    config.pop("disable_unet_model_creation", None)
+    operations = comfy.ops.manual_cast
+    branch = FCNet(UNetModel(**config, operations=operations), operations, dtype=dtype, device="meta")
+    check_control(name, control, branch, architecture)
+    if control.config.rank and control.teacher != fingerprint(base):
+        logging.info("Frequency control: %s changes the encoder of another checkpoint than the one connected.", name)
+    branch.load_state_dict(
+        {k: v.to("cpu", dtype) for k, v in merge_weights(base, control.weights).items()}, assign=True
+    )
+    branch.eval().requires_grad_(False)
+    return comfy.model_patcher.ModelPatcher(branch, device, comfy.model_management.unet_offload_device())
+
+
+def read_base(model) -> dict[str, torch.Tensor]:
+    """A UNet's state without LoRAs and other weight patches, which ComfyUI may have written into it for now."""
+    state = model.model.diffusion_model.state_dict()
+    return {
+        name: model.backup[key].weight if (key := f"diffusion_model.{name}") in model.backup else tensor
+        for name, tensor in state.items()
+    }
+
+
+class Hint:
+    """The band of a source latent, and what a branch makes of it: once for each size and batch of a sampling."""
+
+    def __init__(self, latents: torch.Tensor, band: str, seed: int):
+        self.latents, self.band, self.seed = latents, band, seed
+        self.embedded: dict[tuple, Pair] = {}
+
+    def embed(self, branch: FCNet, x: torch.Tensor, count: int) -> Pair:
+        """For `count` pictures of the size of x (B, 4, h, w): sources in turn, scaled to cover other sizes."""
+        key = (count, *x.shape[-2:], x.dtype, x.device)
+        if key not in self.embedded:
+            height, width = x.shape[-2:]
+            latents = comfy.utils.common_upscale(self.latents.float(), width, height, "bilinear", "center")
+            latents = comfy.utils.repeat_to_batch_size(latents, count).to(x.device)
+            self.embedded[key] = branch.embed_hint(filter_band(latents, self.band, self.seed).to(x.dtype))
+        return self.embedded[key]
+
+    def forget(self, _patcher=None) -> None:
+        self.embedded.clear()
+
+
+def make_wrapper(branch: FCNet, hint: Hint, strength: float, is_active, key: str):
+    """A wrapper of the UNet's forward that runs the branch first and leaves its pairs under `key` in the options."""
+
+    def run(executor, x, timesteps, context, y=None, control=None, transformer_options=None, **kwargs):
+        options = dict(transformer_options or {})
+        if is_active is None or is_active(options):
+            halves = len(options.get("cond_or_uncond", ())) or 1
+            own = {name: value for name, value in options.items() if name not in FOREIGN}
+            embedded = hint.embed(branch, x, x.shape[0] // halves).repeat(halves)
+            pairs = branch(x, embedded, timesteps, context, own)
+            options[key] = [pair.scale(strength) for pair in pairs]
+        return executor(x, timesteps, context, y, control, options, **kwargs)
+
+    return run
