@@ -1,85 +1,125 @@
 """`python -m dkd_trainer`: distil a student from a teacher checkpoint and a folder of pictures with prompts."""
 
 import argparse
+import signal
 import sys
 from pathlib import Path
 
-import torch
-
-from .host import ROOT, Teacher, ensure_comfy
+from .fields import SettingsError
+from .host import ensure_comfy
+from .journal import Journal
+from .settings import Settings, assemble_settings, list_presets, parse_override
 
 
 def read_arguments(arguments: list[str]) -> argparse.Namespace:
-    """The command line; every default trains the shipped mini student."""
-    models = ROOT / "workflows" / "models"
-    parser = argparse.ArgumentParser(prog="python -m dkd_trainer", description=__doc__)
-    parser.add_argument(
-        "--teacher", type=Path, default=models / "checkpoints" / "mini-sd21.safetensors", help="an SD-2.x checkpoint"
+    """The command line; an option with a dotted `dest` is short for the setting of that name."""
+    parser = argparse.ArgumentParser(
+        prog="python -m dkd_trainer",
+        description=__doc__,
+        argument_default=argparse.SUPPRESS,
+        epilog="Settings count in this order: defaults, preset, file, options. All of them stand, with their values, "
+        "in the .toml file beside a finished student. The same command goes on where it was stopped.",
     )
-    parser.add_argument(
-        "--data", type=Path, required=True, help="folder with image/ and prompt/, or pictures beside .txt files"
-    )
-    parser.add_argument("--out", type=Path, required=True, help="the student file to write, for ComfyUI's models/dha")
-    parser.add_argument("--work", type=Path, help="where states and caches are kept (default: beside the student)")
-    parser.add_argument("--comfyui", help="ComfyUI's folder, when it is not on PYTHONPATH (or COMFYUI_PATH)")
-    parser.add_argument(
-        "--size", type=int, default=512, help="side of the training pictures in pixels (mini teacher: 128)"
-    )
-    parser.add_argument("--levels", type=int, nargs="+", default=[0, 1], help="UNet levels to replace, 0 is the finest")
-    parser.add_argument("--token-budget", type=float, default=0.125, help="keys as a share of a level's tokens")
-    parser.add_argument("--coarse-share", type=float, default=0.8, help="share of the keys that form the grid")
-    parser.add_argument(
-        "--weighted", action="store_true", help="grid tokens count for all they stand for, by a bias in softmax"
-    )
-    parser.add_argument("--memory", type=int, default=16, help="learned tokens per layer")
-    parser.add_argument("--rank", type=int, default=8, help="rank of the corrections of q, k, v and out")
-    parser.add_argument("--router", type=int, default=64, help="width of the router, 0 for none")
-    parser.add_argument(
-        "--transfer-steps", type=int, default=1500, help="stage 1: each layer learns its teacher's output"
-    )
-    parser.add_argument(
-        "--imitation-steps", type=int, default=500, help="stage 2: the whole student learns the teacher's prediction"
-    )
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--config", type=Path, default=None, help="a TOML file of settings")
+    parser.add_argument("--preset", choices=list_presets(), default="", help="start from shipped settings")
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="one setting: train.batch=8")
+    parser.add_argument("--dry-run", action="store_true", default=False, help="build all, try each stage, keep nothing")
+    parser.add_argument("--comfyui", default=None, help="ComfyUI's folder, when not on PYTHONPATH (or COMFYUI_PATH)")
+    add_shorthands(parser.add_argument_group("short for settings"))
     return parser.parse_args(arguments)
 
 
+def add_shorthands(group: argparse._ArgumentGroup) -> None:
+    """Options that stand for one setting each."""
+
+    def add(option: str, name: str, text: str, **kind) -> None:
+        group.add_argument(option, dest=name, help=f"{text} [{name}]", **kind)
+
+    add("--teacher", "teacher.file", "an SD-2.x checkpoint (default: the mini SD-2.1)")
+    add("--data", "data.path", "folder with image/ and prompt/, or pictures beside .txt files")
+    add("--held-out", "data.held_out", "pairs for validation alone (default: some of the data are set aside)")
+    add("--size", "data.size", "side of the training pictures in pixels (mini teacher: 128)", type=int)
+    add("--out", "output.file", "the student file to write, for ComfyUI's models/dha")
+    add("--work", "output.work", "where states and caches are kept (default: beside the student)")
+    add("--levels", "student.levels", "UNet levels to replace, 0 is the finest", type=int, nargs="+")
+    add("--token-budget", "student.token_budget", "keys as a share of a level's tokens", type=float)
+    add("--coarse-share", "student.coarse_share", "share of the keys that form the grid", type=float)
+    add("--weighted", "student.weighted", "grid tokens count for all they stand for", action="store_true")
+    add("--memory", "student.memory", "learned tokens per layer", type=int)
+    add("--rank", "student.rank", "rank of the corrections of q, k, v and out", type=int)
+    add("--router", "student.router_width", "width of the router, 0 for none", type=int)
+    add("--transfer-steps", "transfer.steps", "stage 1: each layer learns its teacher's output", type=int)
+    add("--imitation-steps", "imitation.steps", "stage 2: the whole student learns the prediction", type=int)
+    add("--quality-steps", "quality.steps", "stage 3: real pictures count more and more", type=int)
+    add("--batch", "train.batch", "samples of a step, over all processes", type=int)
+    add("--seed", "train.seed", "decides every draw", type=int)
+    add("--device", "train.device", "auto, cpu or cuda")
+
+
+def read_settings(args: argparse.Namespace) -> Settings:
+    """All settings of a command line; raises SettingsError."""
+    shorthands = [(name, value) for name, value in vars(args).items() if "." in name]
+    overrides = [*shorthands, *map(parse_override, args.set)]
+    settings = assemble_settings(args.preset, args.config, overrides)
+    for name, value, option in (
+        ("data.path", settings.data.path, "--data"),
+        ("output.file", settings.output.file, "--out"),
+    ):
+        if not value:
+            raise SettingsError(f"setting {name!r} is missing; give {option}, or the setting in a file")
+    if settings.out.suffix != ".safetensors":
+        raise SettingsError(
+            f"setting 'output.file' is {settings.output.file!r}, expected a name ending in .safetensors"
+        )
+    return settings
+
+
+def train(settings: Settings, dry_run: bool) -> None:
+    """Load teacher and data and train, or try it."""
+    from .corpus import open_corpus
+    from .host import Teacher
+    from .loop import train_student
+    from .processes import Processes
+    from .rehearsal import rehearse
+
+    processes = Processes(settings.train)
+    teacher = Teacher(settings.teacher_file, processes.device)
+    if dry_run:
+        return rehearse(teacher, settings, processes)
+    corpora = [
+        open_corpus(source, teacher, settings.work, settings.data.size) if source else None
+        for source in (settings.data.path, settings.data.held_out)
+    ]
+    if processes.is_first:
+        for line in corpora[0].skipped:
+            print(f"skipped {line}")
+        print(f"{len(corpora[0])} pairs, {teacher.architecture.label}, {teacher.prediction} prediction")
+    train_student(teacher, corpora[0], settings, processes, corpora[1])
+    if processes.is_first:
+        print(f"wrote {settings.out}")
+
+
 def main() -> None:
-    from dha.config import DHAConfig
-
-    from .loop import Run, train_student
-    from .pairs import find_pairs, load_encoded
-
     args = read_arguments(sys.argv[1:])
+    settings = read_settings(args)
     ensure_comfy(args.comfyui)
-    config = DHAConfig(
-        levels=tuple(args.levels),
-        token_budget=args.token_budget,
-        coarse_share=args.coarse_share,
-        weighted=args.weighted,
-        memory=args.memory,
-        rank=args.rank,
-        router_width=args.router,
-    )
-    run = Run(config, args.transfer_steps, args.imitation_steps, args.batch, seed=args.seed)
-    pairs, skipped = find_pairs(args.data)
-    work = args.work or args.out.parent / f"{args.out.stem}.work"
-    work.mkdir(parents=True, exist_ok=True)
-    teacher = Teacher(args.teacher, torch.device(args.device))
-    encoded, broken = load_encoded(pairs, args.size, teacher, work)
-    for line in [*skipped, *broken]:
-        print(f"skipped {line}")
-    print(f"{len(encoded['latents'])} pairs, {teacher.architecture.label}, {teacher.prediction} prediction")
-    train_student(teacher, encoded, run, args.out, work / f"{args.out.stem}.state.pt")
-    print(f"wrote {args.out}")
+    from .state import TrainingStopped
+
+    try:
+        train(settings, args.dry_run)
+    except TrainingStopped as stopped:
+        print(stopped, file=sys.stderr)
+        sys.exit(128 + stopped.signal_number)
+    except (OSError, ValueError, FloatingPointError) as error:
+        if not args.dry_run and settings.work.is_dir():
+            Journal(settings.work / "journal.jsonl").write("error", message=str(error))
+        raise
 
 
 if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        sys.exit("stopped; the same command goes on from here")
-    except (FileNotFoundError, ValueError, FloatingPointError) as error:
+        sys.exit(f"stopped before the first step; the same command starts again ({signal.SIGINT.name})")
+    except (OSError, ValueError, FloatingPointError) as error:
         sys.exit(f"dkd_trainer: {error}")

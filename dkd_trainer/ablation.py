@@ -72,11 +72,14 @@ def list_trained(levels: tuple[int, ...]) -> dict:
 def main() -> None:
     args = read_arguments()
     ensure_comfy(args.comfyui)
+    from .batches import TensorCorpus
     from .evaluate import to_markdown, write_text
     from .evaluation import Subject, measure_errors
     from .imitation import student_options
-    from .loop import Run, current_command, current_commit, train_student
+    from .loop import train_student
     from .pairs import find_pairs, load_encoded
+    from .record import current_command, current_commit
+    from .settings import assemble_settings
 
     levels = tuple(args.levels)
     teacher = Teacher(args.teacher, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
@@ -94,11 +97,20 @@ def main() -> None:
         for name, config in list_trained(levels).items():
             if args.only and name not in args.only:
                 continue
-            run = Run(config, args.transfer_steps, args.imitation_steps, batch=32)
             stem = name.replace(" ", "-").replace("/", "-").replace(",", "")
-            student = train_student(
-                teacher, pairs, run, args.out / f"{stem}.safetensors", args.out / f"{stem}.state.pt"
+            settings = assemble_settings(
+                overrides=[
+                    *((f"student.{field}", value) for field, value in dataclasses.asdict(config).items()),
+                    ("transfer.steps", args.transfer_steps),
+                    ("imitation.steps", args.imitation_steps),
+                    ("train.batch", 32),
+                    ("data.size", args.size),
+                    ("output.file", str(args.out / f"{stem}.safetensors")),
+                    ("watch.validate_every", 0),
+                    ("watch.sheet_every", 0),
+                ]
             )
+            student = train_student(teacher, TensorCorpus(pairs), settings)
             measure(f"trained {args.transfer_steps}+{args.imitation_steps}: {name}", student_options(student))
     record = {"command": current_command("dkd_trainer.ablation"), "commit": current_commit()}
     write_text(args.out / "ablation.json", json.dumps({**record, "pairs": args.count, "rows": rows}, indent=1))

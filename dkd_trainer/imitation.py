@@ -1,4 +1,6 @@
-"""Stage 2, imitation: the student runs on its own and its prediction is pulled to the teacher's."""
+"""Stages 2 and 3, imitation: the student runs alone and is pulled to what the teacher does and to real pictures."""
+
+from collections.abc import Collection
 
 import torch
 from torch import Tensor
@@ -6,7 +8,11 @@ from torch import Tensor
 from dha.patch import make_patches, plain_attention
 from dha.student import Student
 
+from .batches import Batch
+from .diffusion import training_target
+from .features import Features, keep_blocks, recompute_layers
 from .host import Teacher
+from .official import compare_maps, teach_routers
 from .transfer import relative_error
 
 
@@ -16,9 +22,59 @@ def student_options(student: Student, budget: float | None = None) -> dict:
 
 
 def imitation_losses(
-    teacher: Teacher, student: Student, noisy: Tensor, t: Tensor, context: Tensor, budget: float | None = None
+    teacher: Teacher,
+    student: Student,
+    batch: Batch,
+    terms: Collection[str] = ("output",),
+    guided: bool = False,
+    checkpointing: bool = False,
 ) -> dict[str, Tensor]:
-    """Relative squared error of the student's prediction against the teacher's, with gradients to the student alone."""
-    with torch.no_grad():
-        target = teacher.predict(noisy, t, context)
-    return {"output": relative_error(teacher.predict(noisy, t, context, student_options(student, budget)), target)}
+    """The loss terms named in `terms`, as in `settings.ImitationSettings`, with gradients to the student alone.
+
+    With `guided` both models run with and without the prompt, and what guidance mixes is compared (arXiv 2210.03142).
+    """
+    inputs = double_batch(batch) if guided else (batch.noisy, batch.t, batch.context)
+    shown, imitated = Features(), Features()
+    wants_attention = bool({"attention", "maps", "routing"} & set(terms))
+    blocks = (shown, imitated) if "blocks" in terms else (None, None)
+    options = student_options(student, batch.budget)
+    with torch.no_grad(), keep_blocks(teacher.unet, blocks[0]):
+        target = teacher.predict(*inputs, shown.add_to({}) if wants_attention else None)
+    with keep_blocks(teacher.unet, blocks[1]), recompute_layers(teacher.unet, checkpointing):
+        prediction = teacher.predict(*inputs, imitated.add_to(options) if wants_attention else options)
+    losses = {}
+    if "output" in terms:
+        scales = batch.guidance if guided else None
+        losses["output"] = relative_error(mix_guidance(prediction, scales), mix_guidance(target, scales))
+    if "noise" in terms:
+        truth = training_target(batch.latents, batch.noise, batch.t.cpu(), teacher.prediction)
+        losses["noise"] = relative_error(prediction[: len(batch)], truth)
+    if "blocks" in terms:
+        losses["blocks"] = mean_error(imitated.blocks, shown.blocks)
+    if "attention" in terms:
+        sites = [site.block for site in student.list_sites()]
+        losses["attention"] = mean_error(*({b: f.outputs[b] for b in sites} for f in (imitated, shown)))
+    if "maps" in terms:
+        losses["maps"] = compare_maps(teacher, student, imitated, shown, batch.seed)
+    if "routing" in terms:
+        losses["routing"] = teach_routers(teacher, student, shown, batch.seed)
+    return losses
+
+
+def double_batch(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """The batch with its prompts, then once more with the empty one."""
+    context = torch.cat([batch.context, batch.empty.expand_as(batch.context)])
+    return torch.cat([batch.noisy] * 2), torch.cat([batch.t] * 2), context
+
+
+def mix_guidance(prediction: Tensor, scales: Tensor | None) -> Tensor:
+    """e_0 + s (e_c - e_0) of a doubled prediction (2B, 4, h, w) at scales s (B,); as it is without scales."""
+    if scales is None:
+        return prediction
+    prompted, empty = prediction.chunk(2)
+    return empty + scales.view(-1, 1, 1, 1) * (prompted - empty)
+
+
+def mean_error(found: dict, expected: dict) -> Tensor:
+    """Mean over layers of the relative error: every layer counts the same, whatever its norm."""
+    return torch.stack([relative_error(found[place], expected[place]) for place in expected]).mean()

@@ -1,165 +1,241 @@
-"""The training loop: stage 1, then stage 2; stops and goes on at any step, writes the student's file."""
+"""The training loop: through the stages, safe to stop and to go on at any step, to the student's file."""
 
+import dataclasses
 import json
-import subprocess
-import sys
-from dataclasses import asdict, dataclass
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from dha.checkpoint import save_student
-from dha.config import DHAConfig
 from dha.student import Student
 
-from .diffusion import add_noise
-from .host import ROOT, Teacher
-from .imitation import imitation_losses
-from .schedule import cosine_rate, load_state, save_state
-from .transfer import transfer_losses
-
-BUDGETS = (
-    0.5,
-    1.0,
-    1.0,
-    2.0,
-)  # factors of the token budget that training draws from, so that one student serves a range
-
-
-@dataclass(frozen=True)
-class Run:
-    """Everything that decides a training; a state of another run is not continued."""
-
-    config: DHAConfig
-    transfer_steps: int
-    imitation_steps: int
-    batch: int
-    transfer_rate: float = 2e-3
-    imitation_rate: float = 5e-4
-    routing_weight: float = 0.1
-    seed: int = 0
-    save_every: int = 100
-
-    @property
-    def steps(self) -> int:
-        return self.transfer_steps + self.imitation_steps
+from .batches import Batch, Corpus, Sampler
+from .fields import SettingsError
+from .host import Teacher
+from .journal import Board, Journal
+from .official import start_student
+from .processes import Processes
+from .record import current_command, current_commit, list_versions, write_whole
+from .settings import Settings
+from .sheets import Examination, save_picture, set_aside
+from .stages import Balance, Stage, find_stage, list_stages
+from .state import StateFolder, StopRequest, TrainingStopped, to_cpu
 
 
-def train_student(teacher: Teacher, pairs: dict[str, Tensor], run: Run, out: Path, state_file: Path) -> Student:
-    """Distil a student from encoded pairs; the same call resumes from `state_file`. Raises FloatingPointError on NaN.
+def train_student(
+    teacher: Teacher,
+    corpus: Corpus,
+    settings: Settings,
+    processes: Processes | None = None,
+    held_out: Corpus | None = None,
+) -> Student:
+    """Distil a student and write its file, its settings and its record; the same call goes on where it was stopped.
 
-    `out` is written at the end with the averaged weights.
+    Raises TrainingStopped on SIGINT and SIGTERM, FloatingPointError on NaN, OSError on a full disk, ValueError for a
+    work folder of another run; in each case the last state is kept.
     """
-    torch.manual_seed(run.seed)
-    student = Student(run.config, teacher.architecture).start().to(teacher.device)
-    average = Student(run.config, teacher.architecture).to(teacher.device).requires_grad_(False)
-    average.load_state_dict(student.state_dict())
-    optimizer = torch.optim.AdamW(student.parameters(), lr=run.transfer_rate, betas=(0.9, 0.99), weight_decay=0.0)
-    first, history = 0, []
-    identity = json.dumps(asdict(run), sort_keys=True)
-    if state := load_state(state_file):
-        if state["run"] != identity:
-            raise ValueError(
-                f"{state_file} belongs to a run with other settings; give another --work folder or delete it"
-            )
-        student.load_state_dict(state["student"])
-        average.load_state_dict(state["average"])
-        optimizer.load_state_dict(state["optimizer"])
-        first, history = state["step"], state["history"]
+    processes = processes or Processes(settings.train)
+    return Training(teacher, corpus, settings, processes, held_out).run()
 
-    def save(step: int) -> None:
-        weights = {
-            "student": student.state_dict(),
-            "average": average.state_dict(),
-            "optimizer": optimizer.state_dict(),
-        }
-        save_state(state_file, {**weights, "step": step, "history": history, "run": identity})
 
-    bar = tqdm(range(first, run.steps), initial=first, total=run.steps, desc="distil", disable=first >= run.steps)
-    step = first
-    try:
-        for step in bar:
-            set_rate(optimizer, run, step)
-            losses = draw_losses(teacher, student, pairs, run, step)
-            total = sum(
-                value * (run.routing_weight if name.endswith("/routing") else 1.0) for name, value in losses.items()
-            )
-            if not torch.isfinite(total):
-                raise FloatingPointError(
-                    f"the loss is {total.item()} at step {step}; the state of the last save is kept"
-                )
-            optimizer.zero_grad(set_to_none=True)
+class Training:
+    """A student with its average and optimizer, and the step that changes them."""
+
+    def __init__(
+        self,
+        teacher: Teacher,
+        corpus: Corpus,
+        settings: Settings,
+        processes: Processes,
+        held_out: Corpus | None = None,
+    ):
+        self.teacher, self.corpus, self.settings, self.processes = teacher, corpus, settings, processes
+        self.stages = list_stages(settings)
+        torch.manual_seed(settings.train.seed)
+        parts = settings.student, teacher.architecture
+        self.student = start_student(Student(*parts, head_width=teacher.head_width), teacher).to(teacher.device)
+        self.average = Student(*parts, head_width=teacher.head_width).to(teacher.device).requires_grad_(False)
+        self.average.load_state_dict(self.student.state_dict())
+        self.parameters = list(self.student.parameters())
+        if not self.parameters:
+            raise SettingsError("the student has no trained parts; set student.memory, student.rank or .router_width")
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=0.0, betas=(0.9, 0.99), weight_decay=0.0)
+        self.balance = Balance()
+        watch = settings.watch
+        watched = held_out is None and (watch.validate_every or watch.sheet_every)
+        aside = set_aside(corpus, watch.pairs, settings.train.seed) if watched else []
+        self.sampler = Sampler(corpus, settings, self.student, aside)
+        self.examination = self.prepare_examination(held_out, aside)
+        self.states = StateFolder(settings.work, settings.output.keep)
+        self.journal = Journal(settings.work / "journal.jsonl")
+        self.losses: dict[str, float] = {}
+        self.errors: dict[str, float] = {}
+        self.seconds = self.waited = 0.0
+
+    def prepare_examination(self, held_out: Corpus | None, aside: list[int]) -> Examination | None:
+        """The pairs that the student is looked at with, or None where there are too few."""
+        watch, corpus = self.settings.watch, self.corpus if held_out is None else held_out
+        picks = aside if held_out is None else max(held_out.buckets.values(), key=len)[: watch.pairs]
+        return Examination(self.teacher, corpus, picks, watch) if picks and self.processes.is_first else None
+
+    def restore(self) -> int:
+        """Take over the last state, if there is one; returns the steps done."""
+        state = self.processes.hand_out(self.states.load(self.describe()) if self.processes.is_first else None)
+        if state is None:
+            return 0
+        self.student.load_state_dict(state["student"])
+        self.average.load_state_dict(state["average"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.balance = Balance(state["balance"])
+        self.losses, self.errors, self.seconds = state["losses"], state["errors"], state["seconds"]
+        return state["step"]
+
+    def save(self, step: int) -> None:
+        """Write a state after `step` steps; only the first process does."""
+        if not self.processes.is_first:
+            return
+        weights = {name: to_cpu(getattr(self, name).state_dict()) for name in ("student", "average", "optimizer")}
+        values = {"balance": self.balance.sizes, "losses": self.losses, "errors": self.errors, "seconds": self.seconds}
+        file = self.states.save(step, {**weights, **values, "run": self.describe()})
+        self.journal.write("save", step=step, file=file.name)
+
+    def describe(self) -> dict[str, Any]:
+        """What a state must agree with; plain values as JSON has them."""
+        return json.loads(json.dumps({**self.settings.describe_run(), "teacher": self.teacher.fingerprint}))
+
+    def read_step(self, step: int) -> list[Batch]:
+        """This process's parts of a step's batch."""
+        draw = self.sampler.draw(step, find_stage(self.stages, step).guidance)
+        return [self.sampler.read(draw, part, self.teacher.device) for part in self.processes.list_parts()]
+
+    def take_step(self, step: int, parts: list[Batch], signal_number: int = 0) -> bool:
+        """One change of the weights; leaves the terms in `losses`. Returns whether any process was asked to stop.
+
+        Raises FloatingPointError, before anything is changed, when a loss or a gradient is no number.
+        """
+        stage, train = find_stage(self.stages, step), self.settings.train
+        for group in self.optimizer.param_groups:
+            group["lr"] = stage.rate(step)
+        self.optimizer.zero_grad(set_to_none=True)
+        factors = self.balance.weigh(stage, step)
+        sums: dict[str, torch.Tensor] = {}
+        for part in parts:
+            with torch.autocast(self.teacher.device.type, torch.bfloat16, enabled=train.precision == "bf16"):
+                terms = stage.measure(self.teacher, self.student, part, train.checkpointing)
+            total = sum(factors[name] * value for name, value in terms.items()) / len(parts)
             total.backward()
-            nn.utils.clip_grad_norm_(student.parameters(), 1.0)
-            optimizer.step()
-            with torch.no_grad():
-                torch._foreach_lerp_(list(average.parameters()), list(student.parameters()), 0.01 if step > 50 else 0.2)
-            summary = summarise(losses)
-            bar.set_postfix({k: f"{v:.4f}" for k, v in summary.items()}, refresh=False)
-            if step % 10 == 0:
-                history.append({"step": step, **summary})
-            if (step + 1) % run.save_every == 0:
-                save(step + 1)
-    except KeyboardInterrupt:
-        save(step)
-        raise
-    save(run.steps)
-    save_student(out, average, teacher.fingerprint, teacher.prediction, training_record(teacher, pairs, run, history))
-    return average.eval()
+            for name, value in terms.items():
+                sums[name] = sums.get(name, 0.0) + value.detach() / len(parts)
+        self.processes.average_gradients(self.parameters)
+        norm = nn.utils.clip_grad_norm_(self.parameters, train.clip or float("inf"))
+        told = torch.stack([*sums.values(), norm, torch.full_like(norm, float(signal_number))])
+        *values, size, asked = self.processes.average(told.float()).tolist()
+        self.losses = dict(zip(sums, values, strict=True))
+        if not torch.isfinite(torch.tensor([*values, size])).all():
+            found = ", ".join(f"{name} {value:g}" for name, value in self.losses.items())
+            raise FloatingPointError(
+                f"no finite numbers at step {step} ({found}, gradient {size:g}); the last saved state is kept: a lower "
+                "learning rate, or fp32, may carry on from it with another --work folder"
+            )
+        self.optimizer.step()
+        decay = min(train.ema, (step + 1) / (step + 10))
+        torch._foreach_lerp_(list(self.average.parameters()), self.parameters, 1 - decay)
+        self.balance.follow(stage, self.losses)
+        return asked > 0
 
+    def run(self) -> Student:
+        """All steps that are left, then the files."""
+        settings, watch = self.settings, self.settings.watch
+        if self.processes.is_first:
+            settings.work.mkdir(parents=True, exist_ok=True)
+        first = self.restore()
+        if self.processes.is_first:
+            self.journal.cut(first)
+            self.journal.write("start", step=first, **self.describe_start())
+        hidden = first >= settings.steps or not self.processes.is_first
+        bar = tqdm(range(first, settings.steps), initial=first, total=settings.steps, desc="distil", disable=hidden)
+        board = Board(settings.work / "tensorboard", watch.tensorboard and self.processes.is_first, first)
+        with StopRequest() as stop, ThreadPoolExecutor(1) as reader:
+            coming = reader.submit(self.read_step, first) if first < settings.steps else None
+            for step in bar:
+                begun = time.perf_counter()
+                parts = coming.result()
+                self.waited += time.perf_counter() - begun
+                done, stage = step + 1, find_stage(self.stages, step)
+                if done < settings.steps:
+                    coming = reader.submit(self.read_step, done)
+                stopped = self.take_step(step, parts, stop.number)
+                self.seconds += time.perf_counter() - begun
+                if self.processes.is_first:
+                    self.report(bar, board, stage, done, time.perf_counter() - begun)
+                if stopped or done % settings.output.save_every == 0 or done == settings.steps:
+                    self.save(done)
+                if stopped and done < settings.steps:
+                    self.journal.write("stop", step=done)
+                    raise TrainingStopped(done, stop.number or signal.SIGTERM)
+        board.close()
+        if self.processes.is_first:
+            self.write_results()
+        return self.average.eval()
 
-def set_rate(optimizer: torch.optim.Optimizer, run: Run, step: int) -> None:
-    """Cosine with warm-up, started anew at each stage."""
-    if step < run.transfer_steps:
-        rate = run.transfer_rate * cosine_rate(step, run.transfer_steps, warmup=min(50, run.transfer_steps))
-    else:
-        inside = step - run.transfer_steps
-        rate = run.imitation_rate * cosine_rate(inside, run.imitation_steps, warmup=min(50, run.imitation_steps))
-    for group in optimizer.param_groups:
-        group["lr"] = rate
+    def report(self, bar: tqdm, board: Board, stage: Stage, done: int, seconds: float) -> None:
+        """Show a step, and at their intervals validation and sheet."""
+        watch, steps = self.settings.watch, self.settings.steps
+        self.pace = 0.9 * getattr(self, "pace", seconds) + 0.1 * seconds
+        speed = self.settings.train.batch / self.pace
+        shown = {name: f"{value:.4f}" for name, value in self.losses.items()}
+        bar.set_postfix({**shown, "images/s": f"{speed:.1f}"}, refresh=False)
+        if done % watch.log_every == 0 or done in (1, steps, stage.end):
+            times = {"images_per_second": round(speed, 3), "seconds_left": round((steps - done) * self.pace, 1)}
+            self.journal.write("step", step=done, stage=stage.name, losses=self.losses, **times)
+            rate = self.optimizer.param_groups[0]["lr"]
+            board.add(stage.name, {**self.losses, "images_per_second": speed, "rate": rate}, done)
+        if self.examination is None:
+            return
+        if watch.validate_every and (done % watch.validate_every == 0 or done == steps):
+            self.errors = self.examination.measure_errors(self.average)
+            self.journal.write("validation", step=done, errors=self.errors)
+            board.add("validation", self.errors, done)
+        if watch.sheet_every and (done % watch.sheet_every == 0 or done == steps):
+            sheet = self.examination.draw_sheet(self.average)
+            file = Path("sheets") / f"{done:08d}.png"
+            save_picture(self.settings.work / file, sheet)
+            self.journal.write("sheet", step=done, file=str(file))
+            board.show("sheet", sheet, done)
 
+    def describe_start(self) -> dict[str, Any]:
+        """The `start` event: how long it will take and what is trained."""
+        stages = [{"name": stage.name, "first": stage.first, "steps": stage.settings.steps} for stage in self.stages]
+        count = sum(parameter.numel() for parameter in self.parameters)
+        values = {"pairs": len(self.corpus), "processes": self.processes.count}
+        settings = dataclasses.asdict(self.settings)
+        return {"steps": self.settings.steps, "stages": stages, "parameters": count, **values, "settings": settings}
 
-def draw_losses(teacher: Teacher, student: Student, pairs: dict[str, Tensor], run: Run, step: int) -> dict[str, Tensor]:
-    """Losses of one batch; pairs, noise, timesteps and budget depend on the seed and the step alone."""
-    generator = torch.Generator().manual_seed(run.seed * 1_000_003 + step)
-    picks = torch.randint(len(pairs["latents"]), (run.batch,), generator=generator)
-    latents, context = pairs["latents"][picks].float(), pairs["context"][picks].float()
-    empty = torch.rand(run.batch, generator=generator) < 0.2  # guidance runs the empty prompt as often as the other
-    context[empty] = pairs["empty"].float()
-    t = torch.randint(0, 1000, (run.batch,), generator=generator)
-    noisy = add_noise(latents, torch.randn(latents.shape, generator=generator), t)
-    factor = BUDGETS[int(torch.randint(len(BUDGETS), (), generator=generator))]
-    budget = min(1.0, run.config.token_budget * factor)
-    stage = transfer_losses if step < run.transfer_steps else imitation_losses
-    device = teacher.device
-    torch.manual_seed(run.seed * 1_000_003 + step)
-    return stage(teacher, student, noisy.to(device), t.to(device), context.to(device), budget)
-
-
-def summarise(losses: dict[str, Tensor]) -> dict[str, float]:
-    """Mean loss per term: `attention` and `routing` in stage 1, `output` in stage 2."""
-    groups: dict[str, list[float]] = {}
-    for name, value in losses.items():
-        term = name if name == "output" else "routing" if name.endswith("/routing") else "attention"
-        groups.setdefault(term, []).append(value.item())
-    return {term: sum(values) / len(values) for term, values in groups.items()}
-
-
-def training_record(teacher: Teacher, pairs: dict[str, Tensor], run: Run, history: list[dict]) -> dict:
-    """What the student's file remembers of its training."""
-    last = {k: v for entry in history for k, v in entry.items() if k != "step"}
-    return {"run": asdict(run), "pairs": len(pairs["latents"]), "last_losses": last, "commit": current_commit()}
-
-
-def current_commit() -> str:
-    """The repository's commit, or `unknown` outside one."""
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    return done.stdout.strip() or "unknown"
-
-
-def current_command(module: str) -> str:
-    """The command line that runs now, with absolute paths cut to their last part: it goes into records for others."""
-    arguments = [Path(a).name if Path(a).is_absolute() else a for a in sys.argv[1:]]
-    return " ".join(["python -m", module, *arguments])
+    def write_results(self) -> None:
+        """The student with its averaged weights, and beside it the settings as TOML and the record as JSON."""
+        out, run = self.settings.out, self.describe()
+        summary = {"pairs": len(self.corpus), "last_losses": self.losses, "commit": current_commit()}
+        save_student(out, self.average, self.teacher.fingerprint, self.teacher.prediction, {"run": run, **summary})
+        write_whole(out.with_suffix(".toml"), self.settings.to_toml().encode())
+        rate = self.settings.train.batch * self.settings.steps / self.seconds if self.seconds else None
+        record = {
+            "command": current_command("dkd_trainer"),
+            **summary,
+            "validation": self.errors,
+            "steps": self.settings.steps,
+            "parameters": sum(parameter.numel() for parameter in self.parameters),
+            "seconds": round(self.seconds, 1),
+            "images_per_second": rate,
+            "device": str(self.teacher.device),
+            "processes": self.processes.count,
+            "versions": list_versions(),
+            "run": run,
+        }
+        write_whole(out.with_suffix(".json"), (json.dumps(record, indent=1) + "\n").encode())
+        self.journal.write("end", step=self.settings.steps, student=str(out))

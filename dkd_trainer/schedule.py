@@ -8,10 +8,21 @@ import torch
 
 
 def save_state(path: Path, state: dict) -> None:
-    """Write a training state so that a kill at any moment leaves the old or the new one."""
+    """Write a training state so that a kill at any moment leaves the old or the new one.
+
+    Raises OSError, with the old one kept, when it cannot be written.
+    """
     partial = path.with_suffix(".partial")
-    torch.save(state, partial)
-    os.replace(partial, path)
+    try:
+        with partial.open("wb") as file:
+            torch.save(state, file)
+        os.replace(partial, path)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        partial.unlink(missing_ok=True)
+        raise OSError(
+            f"the state {path.name} could not be written ({error}); what was saved before is kept: make room on the "
+            "disk and give the same command again"
+        ) from error
 
 
 def load_state(path: Path) -> dict | None:

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from dha.official import OfficialSite
 from dha.patch import plain_attention
 from dha.student import Student
 
@@ -12,14 +13,22 @@ ROUTING_QUERIES = 64  # queries from which the teacher's attention mass per key 
 
 
 def transfer_losses(
-    teacher: Teacher, student: Student, noisy: Tensor, t: Tensor, context: Tensor, budget: float | None = None
+    teacher: Teacher,
+    student: Student,
+    noisy: Tensor,
+    t: Tensor,
+    context: Tensor,
+    budget: float | None = None,
+    seed: int = 0,
 ) -> dict[str, Tensor]:
     """Relative squared error of each site's output, as `site name`, and the router's loss, as `site name/routing`.
 
-    The teacher's trunk runs without gradients; noisy (B, 4, h, w), t (B,), context (B, 77, C).
+    The teacher's trunk runs without gradients; noisy (B, 4, h, w), t (B,), context (B, 77, C). `seed` picks the queries
+    that the router's loss looks at.
     """
     sites = {site.block: site for site in student.list_sites()}
     losses: dict[str, Tensor] = {}
+    generator = torch.Generator().manual_seed(seed)
 
     def keep_embedding(emb, _channels, options):
         options["dkd_embedding"] = emb
@@ -34,14 +43,18 @@ def transfer_losses(
         if site is None:
             return out
         x, emb = options["dkd_input"], options["dkd_embedding"]
+        module, attention = student.site(site), teacher.attention(site)
         plan = student.plan(*options["activations_shape"][-2:], budget)
-        if plan.coarse + plan.chosen < plan.tokens:
-            module, attention = student.site(site), teacher.attention(site)
+        if isinstance(module, OfficialSite):
+            with torch.enable_grad():
+                losses[site.name] = relative_error(module(x, emb), out)
+        elif plan.coarse + plan.chosen < plan.tokens:
             with torch.enable_grad():
                 output = module(attention, plain_attention, x, emb, plan, attention.heads)
                 losses[site.name] = relative_error(output, out)
                 if plan.chosen:
-                    losses[f"{site.name}/routing"] = routing_loss(module.router(x, emb), attention, x)
+                    scores = module.router(x, emb)
+                    losses[f"{site.name}/routing"] = routing_loss(scores, attention, x, generator)
         return out
 
     patches = {"emb_patch": [keep_embedding], "attn1_patch": [keep_input], "attn1_output_patch": [compare_output]}
@@ -56,11 +69,13 @@ def relative_error(output: Tensor, target: Tensor) -> Tensor:
     return (difference / target.float().flatten(1).square().sum(1).clamp(min=1e-8)).mean()
 
 
-def routing_loss(scores: Tensor, attention: torch.nn.Module, x: Tensor) -> Tensor:
+def routing_loss(
+    scores: Tensor, attention: torch.nn.Module, x: Tensor, generator: torch.Generator | None = None
+) -> Tensor:
     """Cross-entropy of the router's softmax (B, N) against the attention mass that the teacher's keys receive."""
     with torch.no_grad():
-        queries = x[:, torch.randperm(x.shape[1], device=x.device)[:ROUTING_QUERIES]]
-        q, k = attention.to_q(queries), attention.to_k(x)
+        picks = torch.randperm(x.shape[1], generator=generator)[:ROUTING_QUERIES].to(x.device)
+        q, k = attention.to_q(x[:, picks]), attention.to_k(x)
         q, k = (a.unflatten(-1, (attention.heads, -1)).transpose(1, 2) for a in (q, k))
         mass = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).float().softmax(-1).mean((1, 2))
     cross_entropy = -(mass * scores.float().log_softmax(1)).sum(1)

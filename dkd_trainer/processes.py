@@ -1,0 +1,79 @@
+"""The processes of a run, as `accelerate launch` starts them: one is as good as many."""
+
+from collections.abc import Iterable
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .fields import SettingsError
+from .settings import TrainSettings
+
+PATIENCE = timedelta(hours=2)  # the others wait while the first encodes pictures or draws sheets
+
+
+class Processes:
+    """This process's place among all of them, and what they say to each other.
+
+    Raises SettingsError when accelerate is not installed or the batch cannot be shared out evenly.
+    """
+
+    def __init__(self, train: TrainSettings):
+        try:
+            from accelerate import PartialState
+        except ImportError as error:
+            raise SettingsError("the trainer needs accelerate; pip install accelerate") from error
+        if train.device == "cuda" and not torch.cuda.is_available():
+            raise SettingsError("setting 'train.device' is 'cuda', but no CUDA device was found; use 'cpu' or 'auto'")
+        state = PartialState(cpu=train.device == "cpu", timeout=PATIENCE)
+        self.count, self.place, self.device = state.num_processes, state.process_index, state.device
+        parts = self.count * train.accumulation
+        if train.batch % parts:
+            raise SettingsError(
+                f"setting 'train.batch' is {train.batch}, expected a multiple of {parts} ({self.count} processes times "
+                f"{train.accumulation} accumulated parts)"
+            )
+        self.size = train.batch // parts
+        self.accumulation = train.accumulation
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes files and shows progress."""
+        return self.place == 0
+
+    def list_parts(self) -> list[slice]:
+        """The parts of the whole batch that this process takes, one after the other."""
+        first = self.place * self.accumulation
+        return [slice(i * self.size, (i + 1) * self.size) for i in range(first, first + self.accumulation)]
+
+    def average(self, values: Tensor) -> Tensor:
+        """The mean over the processes."""
+        if self.count == 1:
+            return values
+        from accelerate.utils import reduce
+
+        return reduce(values, "mean")
+
+    def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Mean gradients in one message: a student is small, so nothing is gained by sending while computing."""
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        if self.count == 1 or not gradients:
+            return
+        flat = self.average(torch.cat([gradient.flatten() for gradient in gradients]))
+        for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(mean.view_as(gradient))
+
+    def hand_out(self, value: Any) -> Any:
+        """The first process's value, on all of them."""
+        if self.count == 1:
+            return value
+        from accelerate.utils import broadcast_object_list
+
+        return broadcast_object_list([value])[0]
+
+    def wait_for_first(self) -> None:
+        """Return when all processes have come here."""
+        from accelerate import PartialState
+
+        PartialState().wait_for_everyone()

@@ -1,0 +1,47 @@
+"""What a result has to name beside it, the command, the commit and the versions, and how its file is written."""
+
+import os
+import shlex
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from .host import ROOT
+
+
+def current_commit() -> str:
+    """The repository's commit, or `unknown` outside one."""
+    try:
+        command = ["git", "rev-parse", "--short", "HEAD"]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip() or "unknown"
+    except OSError:
+        return "unknown"
+
+
+def current_command(module: str) -> str:
+    """The command line that runs now, with absolute paths cut to their last part: it goes into records for others."""
+    arguments = [Path(a).name if Path(a).is_absolute() else a for a in sys.argv[1:]]
+    return shlex.join(["python", "-m", module, *arguments])
+
+
+def list_versions() -> dict[str, str]:
+    """Versions of the packages that decide a training's numbers."""
+    found = {}
+    for name in ("torch", "accelerate", "safetensors"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "missing"
+    return found
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Replace a file at once, so that a kill leaves the old one or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_bytes(content)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,0 +1,92 @@
+"""`--dry-run`: everything is built and each stage is tried, then what was learnt about the run is said."""
+
+import dataclasses
+import importlib
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from .corpus import open_corpus
+from .host import Teacher
+from .loop import Training
+from .processes import Processes
+from .settings import Settings
+from .stages import Stage
+
+TRIES = 2  # steps per stage; the first one warms up
+
+
+def rehearse(teacher: Teacher, settings: Settings, processes: Processes) -> None:
+    """Try `settings` in a folder that is deleted afterwards, and print shapes, sizes, speed and time to finish."""
+    with tempfile.TemporaryDirectory() as folder:
+        output = dataclasses.replace(settings.output, work=folder, file=str(Path(folder) / settings.out.name))
+        trial = dataclasses.replace(settings, output=output)
+        corpus = open_corpus(settings.data.path, teacher, Path(folder), settings.data.size)
+        training = Training(teacher, corpus, trial, processes)
+        lines = describe_training(training)
+        forward, left = time_teacher(training), 0.0
+        lines.append(f"teacher alone: {settings.train.batch / forward:.2f} images/s")
+        for stage in training.stages:
+            seconds, waited = try_stage(training, stage)
+            left += seconds * stage.settings.steps
+            terms = ", ".join(f"{name} {value:.4f}" for name, value in training.losses.items())
+            speed = f"{settings.train.batch / seconds:.2f} images/s, {100 * waited / seconds:.1f} % reading the batch"
+            lines.append(f"{stage.name}: {stage.settings.steps} steps, {speed}; {terms}")
+        lines += [f"peak memory: {measure_memory(teacher.device):.2f} GB", f"time to finish: {left / 60:.1f} minutes"]
+    if processes.is_first:
+        print("\n".join(lines))
+
+
+def describe_training(training: Training) -> list[str]:
+    """Lines about data, shapes and trainable parts."""
+    corpus, teacher = training.corpus, training.teacher
+    count = sum(parameter.numel() for parameter in training.parameters)
+    lines = [f"{len(corpus)} pairs, {teacher.architecture.label}, {teacher.prediction} prediction"]
+    for (height, width), members in training.sampler.buckets.items():
+        shape = (training.settings.train.batch, 4, height, width)
+        budgets = ", ".join(f"{budget:g}" for budget in training.sampler.budgets[height, width])
+        lines.append(f"latents {shape}: {len(members)} pairs; key budgets {budgets}")
+        for level in sorted(training.settings.student.levels):
+            plan = training.student.plan(-(-height >> level), -(-width >> level))
+            lines.append(f"  level {level}: {plan.tokens} tokens, {plan.coarse} grid and {plan.chosen} chosen keys")
+    sites = len(training.student.list_sites())
+    lines.append(f"{count} trainable parameters in {sites} layers; {training.processes.count} process(es)")
+    return lines
+
+
+def try_stage(training: Training, stage: Stage) -> tuple[float, float]:
+    """Seconds of a step once it is warm, and how many of them went into reading the batch."""
+    for step in range(stage.first, stage.first + TRIES):
+        begun = time.perf_counter()
+        parts = training.read_step(min(step, stage.end - 1))
+        waited = time.perf_counter() - begun
+        training.take_step(min(step, stage.end - 1), parts)
+    return time.perf_counter() - begun, waited
+
+
+@torch.no_grad()
+def time_teacher(training: Training) -> float:
+    """Seconds of the teacher's forward alone on a whole batch, once it is warm."""
+    parts = training.read_step(0)
+    for _ in range(TRIES):
+        begun = time.perf_counter()
+        bf16 = training.settings.train.precision == "bf16"
+        with torch.autocast(training.teacher.device.type, torch.bfloat16, enabled=bf16):
+            for part in parts:
+                training.teacher.predict(part.noisy, part.t, part.context).sum().item()
+    return time.perf_counter() - begun
+
+
+def measure_memory(device: torch.device) -> float:
+    """The most memory in use so far in GB: the GPU's where there is one, the process's otherwise."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    if sys.platform == "win32":
+        import psutil
+
+        return psutil.Process().memory_info().peak_wset / 1e9
+    resource = importlib.import_module("resource")  # not on Windows
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)

@@ -1,0 +1,214 @@
+"""Everything that one TOML file says about a run, with the defaults, the presets and the order in which they count."""
+
+import dataclasses
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from dha.config import DHAConfig
+
+from .fields import SettingsError, build, choice, merge, nest, real, reals, switch, text, to_toml, whole
+from .host import ROOT
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+PRESETS = Path(__file__).parent / "presets"
+SHIPPED_TEACHER = ROOT / "workflows" / "models" / "checkpoints" / "mini-sd21.safetensors"
+
+
+@dataclasses.dataclass(frozen=True)
+class TeacherSettings:
+    """Which checkpoint teaches: an SD-2.x file; empty means the mini SD-2.1 that comes with the pack."""
+
+    file: str = text()
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSettings:
+    """Where the pairs are; `size` is the side of the pictures in pixels, `held_out` a folder for validation alone."""
+
+    path: str = text()
+    size: int = whole(512, 64)
+    held_out: str = text()
+
+
+@dataclasses.dataclass(frozen=True)
+class TransferSettings:
+    """Stage 1: each replaced layer learns its teacher's output from its teacher's input."""
+
+    steps: int = whole(1500)
+    rate: float = real(2e-3, above=True)
+    schedule: str = choice("cosine", "cosine", "constant")
+    warmup: int = whole(50)
+    routing: float = real(0.1)
+
+
+@dataclasses.dataclass(frozen=True)
+class ImitationSettings:
+    """Stages 2 and 3: the student runs on its own; the numbers are weights of its loss terms, 0 leaves one out.
+
+    `output` pulls to the teacher's prediction, `blocks` to its block outputs, `attention` to its self-attention
+    outputs, `noise` (at the stage's start and end) to what was really added; `maps` and `routing` belong to mode
+    `official`. With `balance` every term is first scaled to the size of the prediction's. `guidance` is the range of
+    scales that the compared predictions are mixed with, empty for none.
+    """
+
+    steps: int = whole(500)
+    rate: float = real(5e-4, above=True)
+    schedule: str = choice("cosine", "cosine", "constant")
+    warmup: int = whole(50)
+    output: float = real(1.0)
+    blocks: float = real(0.0)
+    attention: float = real(0.0)
+    noise: tuple[float, ...] = reals((0.0, 0.0), (2,), what="two weights, at the start and the end of the stage")
+    maps: float = real(0.0)
+    routing: float = real(0.0)
+    balance: bool = switch(True)
+    guidance: tuple[float, ...] = reals((), (0, 2), what="nothing, or the least and the greatest guidance scale")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainSettings:
+    """How a step is made. `batch` counts the samples of a step over all processes and `accumulation` parts."""
+
+    batch: int = whole(16, 1)
+    accumulation: int = whole(1, 1)
+    seed: int = whole(0)
+    device: str = choice("auto", "auto", "cpu", "cuda")
+    precision: str = choice("fp32", "fp32", "bf16")
+    checkpointing: bool = switch(False)
+    clip: float = real(1.0)
+    ema: float = real(0.99, 0.0, 0.99999)
+    budgets: tuple[float, ...] = reals((0.5, 1.0, 1.0, 2.0), (), 0.01, "factors of student.token_budget")
+    empty_prompts: float = real(0.2, 0.0, 1.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class OutputSettings:
+    """Where the student goes; `work` (beside it if empty) keeps states and caches, the last `keep` states."""
+
+    file: str = text()
+    work: str = text()
+    save_every: int = whole(100, 1)
+    keep: int = whole(2, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class WatchSettings:
+    """What is shown while it runs; intervals in steps, 0 for never."""
+
+    log_every: int = whole(10, 1)
+    validate_every: int = whole(500)
+    sheet_every: int = whole(500)
+    pairs: int = whole(16, 1)
+    pictures: int = whole(4, 1)
+    guidance: float = real(4.0)
+    tensorboard: bool = switch(False)
+
+
+def start_config() -> DHAConfig:
+    """The student that the trainer makes when it is told nothing."""
+    return DHAConfig(levels=(0, 1), memory=16, rank=8, router_width=64)
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """One run."""
+
+    preset: str = text()
+    teacher: TeacherSettings = dataclasses.field(default_factory=TeacherSettings)
+    data: DataSettings = dataclasses.field(default_factory=DataSettings)
+    student: DHAConfig = dataclasses.field(default_factory=start_config)
+    transfer: TransferSettings = dataclasses.field(default_factory=TransferSettings)
+    imitation: ImitationSettings = dataclasses.field(default_factory=ImitationSettings)
+    quality: ImitationSettings = dataclasses.field(
+        default_factory=lambda: ImitationSettings(steps=0, rate=1e-4, noise=(0.0, 1.0))
+    )
+    train: TrainSettings = dataclasses.field(default_factory=TrainSettings)
+    output: OutputSettings = dataclasses.field(default_factory=OutputSettings)
+    watch: WatchSettings = dataclasses.field(default_factory=WatchSettings)
+
+    @property
+    def steps(self) -> int:
+        return self.transfer.steps + self.imitation.steps + self.quality.steps
+
+    @property
+    def out(self) -> Path:
+        return Path(self.output.file)
+
+    @property
+    def work(self) -> Path:
+        return Path(self.output.work) if self.output.work else self.out.parent / f"{self.out.stem}.work"
+
+    @property
+    def teacher_file(self) -> Path:
+        return Path(self.teacher.file) if self.teacher.file else SHIPPED_TEACHER
+
+    def to_toml(self) -> str:
+        """All settings, as a file that `--config` reads back."""
+        return to_toml(dataclasses.asdict(self))
+
+    def describe_run(self) -> dict[str, Any]:
+        """What decides the student's weights, without paths: it travels in states and in the student's file."""
+        values = dataclasses.asdict(self)
+        kept = {name: values[name] for name in ("student", "transfer", "imitation", "quality", "train")}
+        for name in ("device", "accumulation", "checkpointing"):
+            del kept["train"][name]
+        return {**kept, "data": {"size": self.data.size}}
+
+
+def default_tables() -> dict[str, Any]:
+    """The defaults as tables, so that a file that changes one number of a section keeps the others."""
+    return dataclasses.asdict(Settings())
+
+
+def list_presets() -> list[str]:
+    return sorted(file.stem for file in PRESETS.glob("*.toml"))
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """A TOML file as tables; raises SettingsError when it is missing or none."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise SettingsError(f"{path} cannot be read as a TOML file: {error}") from error
+
+
+def read_preset(name: str) -> dict[str, Any]:
+    """A shipped preset's tables."""
+    if name not in list_presets():
+        raise SettingsError(f"setting 'preset' is {name!r}, expected one of {', '.join(list_presets())}")
+    return read_toml(PRESETS / f"{name}.toml")
+
+
+def parse_override(argument: str) -> tuple[str, Any]:
+    """`a.b=c` as name and value; the value is read as TOML, and as a text where it is none."""
+    name, equals, value = argument.partition("=")
+    if not equals or not name.strip():
+        raise SettingsError(f"--set {argument!r} is not of the form section.name=value, as in train.batch=8")
+    try:
+        return name.strip(), tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return name.strip(), value
+
+
+def assemble_settings(
+    preset: str = "", config: Path | None = None, overrides: Iterable[tuple[str, Any]] = ()
+) -> Settings:
+    """Defaults, then the preset, then the file, then single overrides; raises SettingsError for a wrong one.
+
+    A file may name its preset itself.
+    """
+    tables: Mapping[str, Any] = read_toml(config) if config else {}
+    preset = preset or tables.get("preset", "")
+    if not isinstance(preset, str):
+        raise SettingsError(f"setting 'preset' is {preset!r}, expected one of {', '.join(list_presets())}")
+    over: dict[str, Any] = {}
+    for name, value in overrides:
+        over = merge(over, nest(name, value))
+    base = merge(default_tables(), read_preset(preset) if preset else {})
+    return build(Settings, {**merge(merge(base, tables), over), "preset": preset})
