@@ -1,5 +1,5 @@
 """Dynamic Hybrid Attention for ComfyUI."""
 
-from .nodes import comfy_entrypoint
+from .nodes import WEB_DIRECTORY, comfy_entrypoint
 
-__all__ = ["comfy_entrypoint"]
+__all__ = ["WEB_DIRECTORY", "comfy_entrypoint"]

@@ -19,7 +19,8 @@ WEB_DIRECTORY = "./web"  # what the browser gets, seen from the root
 class DHAExtension(ComfyExtension):
     async def get_node_list(self):
         control = [FrequencyFilter, LoadFrequencyControl, ApplyFrequencyControl]
-        return [LoadDHAStudent, ApplyDHA, CompareModels, ComparePictures, SaveReport, *control]
+        compare = [CompareModels, ComparePictures, Benchmark, RoutingMap, SaveReport]
+        return [LoadDHAStudent, ApplyDHA, *compare, *control]
 
 
 async def comfy_entrypoint() -> DHAExtension:

@@ -1,17 +1,15 @@
-"""The same prompt and seed through two models: how long each takes, and how far apart the pictures are."""
+"""Compare Models: the same prompt and seed through two models, how long each takes and how much memory."""
 
-import json
 import math
 from typing import Any
 
 import comfy.samplers
+import comfy.utils
 import torch
-from comfy_api.latest import io, ui
-from server import PromptServer
+from comfy_api.latest import io
 
-from .timing import Sampling, time_both
-
-HEAT = ((0.0, 0.0, 0.02), (0.34, 0.06, 0.43), (0.74, 0.21, 0.33), (0.98, 0.56, 0.04), (0.99, 1.0, 0.64))
+from .tables import show_report, show_text, tabulate_runs
+from .timing import Laps, Sampling, count_steps, time_both
 
 
 def relate(student: torch.Tensor, original: torch.Tensor) -> float | None:
@@ -47,9 +45,9 @@ class CompareModels(io.ComfyNode):
         return io.Schema(
             node_id="CompareModels",
             display_name="Compare Models",
-            category="DHA",
+            category="DHA/compare",
             description="Samples the same prompt and seed through two models, as KSampler would, and times both: each "
-            "model is warmed up with one step that is not counted, and loading is not counted either.",
+            "model is warmed up with one step that is not counted, the two take turns, and loading is not counted.",
             is_output_node=True,
             inputs=[
                 io.Model.Input("original", tooltip="The model as it is; sampled exactly as KSampler samples it."),
@@ -105,137 +103,38 @@ class CompareModels(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.Latent.Output("original_latent", display_name="original"),
-                io.Latent.Output("student_latent", display_name="student"),
-                io.String.Output("report", display_name="report", tooltip="Seconds and difference as JSON."),
+                io.Latent.Output("original_latent", display_name="original", tooltip="What the original drew."),
+                io.Latent.Output("student_latent", display_name="student", tooltip="What the student drew."),
+                io.String.Output(
+                    "report", display_name="report", tooltip="Seconds, memory and difference of the latents as JSON."
+                ),
             ],
             hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
     def execute(cls, original, student, latent_image, repeats: int = 1, **settings) -> io.NodeOutput:
-        sampling = Sampling(**settings)
-        samples, laps = time_both(sampling, {"original": original, "student": student}, latent_image, repeats)
-        report = {name: lap.report() for name, lap in laps.items()}
-        speedup = report["original"]["seconds"] / max(report["student"]["seconds"], 1e-9)
-        report |= {
-            "speedup": speedup,
+        sampling, models = Sampling(**settings), {"original": original, "student": student}
+        progress = comfy.utils.ProgressBar(count_steps(sampling, len(models), repeats))
+        samples, laps = time_both(sampling, models, latent_image, repeats, progress)
+        report = {
+            **report_laps(laps),
             "relative_latent_difference": relate(samples["student"], samples["original"]),
             **describe_run(original, sampling, samples["original"], repeats),
         }
-        text = json.dumps(report, indent=1)
-        show_text(
-            cls.hidden.unique_id,
-            f"original {report['original']['seconds']:.2f} s, student {report['student']['seconds']:.2f} s: "
-            f"{speedup:.2f}x",
-        )
-        latents = [{**latent_image, "samples": samples[name]} for name in ("original", "student")]
-        return io.NodeOutput(*latents, text, ui=ui.PreviewText(text))
+        show_text(cls.hidden.unique_id, summarise(report))
+        text, shown = show_report(report, tabulate_runs(report))
+        latents = [{**latent_image, "samples": samples[name]} for name in models]
+        return io.NodeOutput(*latents, text, ui=shown)
 
 
-def measure_difference(original: torch.Tensor, student: torch.Tensor) -> dict[str, Any]:
-    """PSNR in dB and mean absolute difference of pictures in 0..1, (B, H, W, C); None where there is no number."""
-    difference = (student - original).float()
-    squared, absolute = difference.square().mean().item(), difference.abs().mean().item()
-    return {
-        "psnr": -10 * math.log10(squared) if squared > 0 else None,
-        "identical": squared == 0,
-        "mean_absolute_difference": absolute if math.isfinite(absolute) else None,
-    }
+def report_laps(laps: dict[str, Laps]) -> dict[str, Any]:
+    """Each model's figures by name, and how many times as fast the student is."""
+    report: dict[str, Any] = {name: lap.report() for name, lap in laps.items()}
+    return report | {"speedup": report["original"]["seconds"] / max(report["student"]["seconds"], 1e-9)}
 
 
-def colour_heat(values: torch.Tensor) -> torch.Tensor:
-    """Black, purple, red, orange, pale yellow for 0..1; (B, H, W) to (B, H, W, 3)."""
-    stops = torch.tensor(HEAT, device=values.device)
-    position = values.clamp(0, 1) * (len(HEAT) - 1)
-    below = position.long().clamp(max=len(HEAT) - 2)
-    return torch.lerp(stops[below], stops[below + 1], (position - below)[..., None])
-
-
-def check_alike(original: torch.Tensor, student: torch.Tensor) -> None:
-    """Raises ValueError unless both batches hold as many pictures of the same size."""
-    if original.shape[:3] != student.shape[:3]:
-        found = [f"{count} of {width}x{height}" for count, height, width in (original.shape[:3], student.shape[:3])]
-        raise ValueError(
-            f"Compare Pictures found pictures of different sizes or counts: original {found[0]}, student {found[1]}. "
-            "It expects both alike; connect the two outputs of the same Compare Models, each through VAE Decode."
-        )
-
-
-def read_report(report: str | None) -> dict[str, Any]:
-    """The fields of Compare Models' report; raises ValueError where it is something else."""
-    try:
-        fields = json.loads(report) if report else {}
-    except json.JSONDecodeError:
-        fields = None
-    if not isinstance(fields, dict):
-        raise ValueError(
-            f"Compare Pictures found {report[:40]!r} as report and expected a JSON object; "
-            "connect the report output of Compare Models, or nothing."
-        )
-    return fields
-
-
-class ComparePictures(io.ComfyNode):
-    """Put two pictures and their difference side by side and measure it."""
-
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="ComparePictures",
-            display_name="Compare Pictures",
-            category="DHA",
-            description="Original, student and their amplified difference side by side, with PSNR.",
-            is_output_node=True,
-            inputs=[
-                io.Image.Input("original", tooltip="The original model's picture; shown on the left."),
-                io.Image.Input("student", tooltip="The student's picture of the same size; shown in the middle."),
-                io.Float.Input(
-                    "amplify",
-                    default=4.0,
-                    min=0.1,
-                    max=100.0,
-                    step=0.1,
-                    tooltip="Gain of the difference on the right: at 4, a quarter of full brightness is the hottest.",
-                ),
-                io.String.Input(
-                    "report",
-                    optional=True,
-                    force_input=True,
-                    tooltip="The report of Compare Models; its seconds are put beside the difference.",
-                ),
-            ],
-            outputs=[
-                io.Image.Output("comparison", display_name="comparison", tooltip="Original | student | difference."),
-                io.String.Output("text", display_name="report", tooltip="Difference and seconds as JSON."),
-            ],
-            hidden=[io.Hidden.unique_id],
-        )
-
-    @classmethod
-    def execute(cls, original, student, amplify: float, report: str | None = None) -> io.NodeOutput:
-        check_alike(original, student)
-        original, student = original[..., :3], student[..., :3].to(original)
-        fields = measure_difference(original, student) | read_report(report)
-        heat = colour_heat((student - original).abs().mean(-1) * amplify).to(original)
-        comparison = torch.cat([original, student, heat], dim=2)
-        text = json.dumps(fields, indent=1)
-        show_text(cls.hidden.unique_id, summarise(fields))
-        preview = ui.PreviewImage(comparison, cls=cls).as_dict() | ui.PreviewText(text).as_dict()
-        return io.NodeOutput(comparison, text, ui=preview)
-
-
-def summarise(fields: dict[str, Any]) -> str:
+def summarise(report: dict[str, Any]) -> str:
     """One line for the node."""
-    if fields["psnr"] is not None:
-        parts = [f"PSNR {fields['psnr']:.1f} dB"]
-    else:
-        parts = ["identical" if fields["identical"] else "one of the pictures holds values that are no numbers"]
-    if "speedup" in fields:
-        parts.append(f"{fields['speedup']:.2f}x as fast at {fields['width']}x{fields['height']}")
-    return ", ".join(parts)
-
-
-def show_text(node_id: str, text: str) -> None:
-    """Write a line on the node in the browser."""
-    PromptServer.instance.send_progress_text(text, node_id)
+    seconds = [f"{name} {report[name]['seconds']:.2f} s" for name in ("original", "student")]
+    return f"{', '.join(seconds)}: {report['speedup']:.2f}x"

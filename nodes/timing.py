@@ -1,4 +1,4 @@
-"""Sampling as the core KSampler does it, timed without loading, text encoding or decoding."""
+"""Sampling as the core KSampler does it, timed and weighed without loading, text encoding or decoding."""
 
 import time
 from dataclasses import dataclass, field
@@ -10,21 +10,27 @@ import comfy.utils
 import torch
 from comfy.patcher_extension import WrappersMP
 
+from .memory import count_weights, watch_peak
+
 
 @dataclass
 class Laps:
-    """What a timed model has done since the last `clear`."""
+    """What a timed model has done: seconds of every run, and bytes; while it warms up memory is measured, not time."""
 
+    weights: int
+    is_warm: bool = False
+    peak_memory: int = 0
     seconds: list[float] = field(default_factory=list)
     steps: int = 0
 
-    def clear(self) -> None:
-        self.seconds.clear()
-
     def report(self) -> dict[str, float]:
-        """Median seconds of a run and of one of its steps; zeros when there was nothing to sample."""
+        """Median seconds of a run and of one of its steps, zeros when there was nothing to sample, and bytes.
+
+        `peak_memory` is what a step takes beyond `weights`.
+        """
         seconds = median(self.seconds) if self.seconds else 0.0
-        return {"seconds": seconds, "seconds_per_step": seconds / max(self.steps, 1)}
+        bytes = {"peak_memory": self.peak_memory, "weights": self.weights}
+        return {"seconds": seconds, "seconds_per_step": seconds / max(self.steps, 1), **bytes}
 
 
 def synchronise(device: torch.device) -> None:
@@ -40,10 +46,15 @@ def attach_stopwatch(model) -> tuple[object, Laps]:
     The clock runs around the sampler alone: ComfyUI has loaded and patched the weights before that, so changing over
     from one model to the other is not counted.
     """
-    laps = Laps()
+    laps = Laps(count_weights(model))
     timed = model.clone()
 
     def measure(executor, guider, sigmas, *args, **kwargs):
+        if not laps.is_warm:
+            with watch_peak(model.load_device) as peak:
+                samples = executor(guider, sigmas, *args, **kwargs)
+            laps.peak_memory, laps.is_warm = peak.bytes, True
+            return samples
         synchronise(model.load_device)
         start = time.perf_counter()
         samples = executor(guider, sigmas, *args, **kwargs)
@@ -93,21 +104,25 @@ class Sampling:
         )
 
 
-def time_both(sampling: Sampling, models: dict[str, Any], latent: dict, repeats: int) -> tuple[dict, dict]:
+def count_steps(sampling: Sampling, models: int, repeats: int) -> int:
+    """By how much `time_both` advances its progress bar."""
+    return models * (1 + repeats * sampling.steps)
+
+
+def time_both(
+    sampling: Sampling, models: dict[str, Any], latent: dict, repeats: int, progress: comfy.utils.ProgressBar
+) -> tuple[dict[str, torch.Tensor], dict[str, Laps]]:
     """Run the models in turn `repeats` times after one uncounted step each; their samples and their laps by name."""
     watched = {name: attach_stopwatch(model) for name, model in models.items()}
-    progress = comfy.utils.ProgressBar(len(models) * (1 + repeats * sampling.steps))
 
     # No preview: it would be timed. The update is where ComfyUI stops the run when the user cancels.
     def advance(step, denoised, noisy, total):
         progress.update(1)
 
-    for timed, laps in watched.values():
+    for timed, _ in watched.values():
         sampling.run(timed, latent, advance, last_step=1)
-        laps.clear()
     samples = {}
     for _ in range(repeats):
         for name, (timed, _) in watched.items():
             samples[name] = sampling.run(timed, latent, advance)
-    progress.update_absolute(progress.total)
     return samples, {name: laps for name, (_, laps) in watched.items()}

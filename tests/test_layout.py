@@ -102,7 +102,7 @@ def test_a_wrong_import_is_found(place, source):
             "dkd_trainer/mini/data.py",
             "from dha.config import DHAConfig\nfrom ..host import ensure_comfy\nimport comfy.sd",
         ),
-        ("__init__.py", "from .nodes import comfy_entrypoint"),
+        ("__init__.py", "from .nodes import WEB_DIRECTORY, comfy_entrypoint"),
     ],
 )
 def test_a_right_import_passes(place, source):
@@ -118,8 +118,8 @@ def test_no_file_is_named_for_leftovers():
 def test_root_module_holds_the_entry_point_and_nothing_else():
     docstring, entry, exported = ast.parse((ROOT / "__init__.py").read_text(encoding="utf-8")).body
     assert isinstance(docstring, ast.Expr) and isinstance(docstring.value, ast.Constant)
-    assert ast.unparse(entry) == "from .nodes import comfy_entrypoint"
-    assert ast.unparse(exported) == "__all__ = ['comfy_entrypoint']"
+    assert ast.unparse(entry) == "from .nodes import WEB_DIRECTORY, comfy_entrypoint"
+    assert ast.unparse(exported) == "__all__ = ['WEB_DIRECTORY', 'comfy_entrypoint']"
 
 
 def test_every_package_of_the_library_is_declared():

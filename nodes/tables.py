@@ -1,0 +1,54 @@
+"""What our nodes show in the browser: a line of text while they run, then a table beside the report behind it."""
+
+import json
+from typing import Any
+
+from comfy_api.latest import ui
+from server import PromptServer
+
+Table = list[list[str]]
+MISSING = "-"
+
+
+def show_text(node_id: str, text: str) -> None:
+    """Write a line on the node in the browser."""
+    PromptServer.instance.send_progress_text(text, node_id)
+
+
+def show_report(report: dict[str, Any], table: Table) -> tuple[str, dict[str, Any]]:
+    """The report as JSON, and what the browser gets: the same, and a table whose first row is its head."""
+    text = json.dumps(report, indent=1)
+    return text, ui.PreviewText(text).as_dict() | {"table": (json.dumps(table),)}
+
+
+def read_report(report: str | None, node: str) -> dict[str, Any]:
+    """The fields of a report that comes from another of our nodes; raises ValueError where it is something else."""
+    try:
+        fields = json.loads(report) if report else {}
+    except json.JSONDecodeError:
+        fields = None
+    if not isinstance(fields, dict):
+        raise ValueError(
+            f"{node} found {report[:40]!r} as report and expected a JSON object; "
+            "connect the report output of Compare Models, Compare Pictures or DHA Benchmark."
+        )
+    return fields
+
+
+def show_number(value: float | None, digits: int = 2, unit: str = "") -> str:
+    return MISSING if value is None else f"{value:.{digits}f}{unit}"
+
+
+def show_bytes(count: int | None) -> str:
+    return MISSING if count is None else f"{count / 1e6:.1f} MB" if count < 1e9 else f"{count / 1e9:.2f} GB"
+
+
+def tabulate_runs(report: dict[str, Any]) -> Table:
+    """Rows for two timed models, from their part of a report."""
+    original, student = report["original"], report["student"]
+    rows = [["", "original", "student"]]
+    for title, key in (("seconds per step", "seconds_per_step"), ("seconds in total", "seconds")):
+        rows.append([title, show_number(original[key], 3), show_number(student[key], 3)])
+    for title, key in (("peak memory of a step", "peak_memory"), ("weights", "weights")):
+        rows.append([title, show_bytes(original.get(key)), show_bytes(student.get(key))])
+    return [*rows, ["speed", "1.00x", show_number(report["speedup"], 2, "x")]]
