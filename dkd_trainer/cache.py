@@ -32,14 +32,15 @@ def make_key(*parts: object) -> bytes:
 
 
 class Store:
-    """Equally shaped tensors by key in a folder of shards; processes that share the folder share the work.
+    """Equally shaped tensors by key in a folder of shards of up to `rows`; processes that share it share the work.
 
-    Every shard carries the keys of its rows and of what was refused, so the files are all there is to keep consistent.
-    A kill leaves whole shards only, and since the rest is cut into the same shards again, the result is the same.
+    `made` counts the rows that this process made. Every shard carries the keys of its rows and of what was refused, so
+    the files are all there is to keep consistent. A kill leaves whole shards only, and since the rest is cut into the
+    same shards again, the result is the same.
     """
 
     def __init__(self, folder: Path, rows: int = 512):
-        self.folder, self.rows = folder, rows
+        self.folder, self.rows, self.made = folder, rows, 0
         self.files: list[Path] = []
         self.places: dict[bytes, tuple[int, int]] = {}
         self.refused: dict[bytes, Refused] = {}
@@ -63,11 +64,8 @@ class Store:
 
     def take_in(self, path: Path) -> None:
         with safe_open(path, "pt") as file:
-            metadata, keys = file.metadata() or {}, file.get_tensor("keys").numpy()
-            if metadata["format"] != FORMAT or len(keys) != file.get_slice("values").get_shape()[0]:
-                raise ValueError(f"format {metadata['format']}, expected {FORMAT}")
-        for key, (reason, detail) in json.loads(metadata["refused"]).items():
-            self.refused[bytes.fromhex(key)] = Refused(reason, detail)
+            refused, keys = json.loads((file.metadata() or {})[FORMAT]), file.get_tensor("keys").numpy()
+        self.refused.update((bytes.fromhex(key), Refused(*why)) for key, why in refused.items())
         for row, key in enumerate(keys):
             self.places.setdefault(key.tobytes(), (len(self.files), row))
         self.files.append(path)
@@ -113,6 +111,7 @@ class Store:
                 found.append(result)
                 bar.update()
             write_shard(path, keys, found)
+            self.made += len(found)
             return True
 
 
@@ -126,7 +125,7 @@ def write_shard(path: Path, keys: list[bytes], found: Sequence[Tensor | Refused 
         "keys": torch.from_numpy(np.frombuffer(b"".join(key for key, _ in good), np.uint8).reshape(-1, 16).copy()),
         "values": torch.stack([value.half() for _, value in good]) if good else torch.zeros(0, 1).half(),
     }
-    content = save(tensors, metadata={"format": FORMAT, "refused": json.dumps(refused)})
+    content = save(tensors, metadata={FORMAT: json.dumps(refused)})  # one entry: their order is by chance
     try:
         write_whole(path, content)
     except OSError as error:

@@ -21,11 +21,12 @@ class Corpus:
     """Encoded pairs; `read` gives batches of one bucket, in memory is only a small index.
 
     `empty` (1, 77, C) is the empty prompt's context, `skipped` what is left out and why, `report` the file with its
-    list if there is one. A corpus can be copied to other processes.
+    list if there is one, `made` the latents that this very process had to make. It can be copied to other processes.
     """
 
     def __init__(self, listing: Listing, encoded: Encoded):
         self.source, self.report = listing.source, None
+        self.made = sum(store.made for store in encoded.latents.values())
         shapes = sorted(encoded.latents)
         found = list(encoded.locate())
         self.pairs: list[Pair] = [pair for pair, *_ in found]
@@ -47,11 +48,11 @@ class Corpus:
         members = (np.flatnonzero(self.places[:, 0] == number).tolist() for number in range(len(self.sizes)))
         return {size: indices for size, indices in zip(self.sizes, members, strict=True) if indices}
 
-    @property
+    @cached_property
     def prompts(self) -> list[str]:
         return [pair.prompt for pair in self.pairs]
 
-    @property
+    @cached_property
     def pictures(self) -> list[Path | None]:
         """The files of the pictures: a shard holds many, drawn latents have none; `read_picture` reads them all."""
         return [pair.picture for pair in self.pairs]

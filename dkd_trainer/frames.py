@@ -71,7 +71,7 @@ def look_at_all(pairs: list[Pair], ledger: Ledger, pool: Executor, title: str = 
     found = map_ahead(pool, look_at, (pairs[number] for number in new), 64)
     with tqdm(total=len(new), desc=title, disable=not title or not new) as bar:
         for numbers, part in zip(split(new, 512), split(found, 512), strict=True):
-            ledger.remember(entry for entry in part if entry[2].digest)  # a file that was not there may come back
+            ledger.remember(part)
             for number, (_, _, look) in zip(numbers, part, strict=True):
                 looks[number] = look
             bar.update(len(part))

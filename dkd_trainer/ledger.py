@@ -1,7 +1,9 @@
 """What is known of picture files without reading them again: hash and size, by path and time of change."""
 
 import logging
+import os
 import sqlite3
+import time
 from collections.abc import Iterable
 from dataclasses import astuple, dataclass
 from pathlib import Path
@@ -9,6 +11,8 @@ from pathlib import Path
 from .source import Pair
 
 COLUMNS = "place TEXT PRIMARY KEY, stamp TEXT, digest TEXT, width INTEGER, height INTEGER, reason TEXT, detail TEXT"
+
+YOUNG = 2_000_000_000  # ns; two changes within a tick of the file system's clock leave one time
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,13 +51,13 @@ class Ledger:
         except sqlite3.Error as error:
             self.give_up(error)
             return None
-        return Look(*row[1:]) if row and row[0] == read_stamp(pair.picture) else None
+        return Look(*row[1:]) if row and row[0] and row[0] == read_stamp(pair.picture) else None
 
     def remember(self, looks: Iterable[tuple[Pair, str, Look]]) -> None:
         """Keep looks with the stamp that their file had before it was read, in one transaction."""
         if self.database is None:
             return
-        rows = [(name_place(pair), stamp, *astuple(look)) for pair, stamp, look in looks]
+        rows = [(name_place(pair), stamp, *astuple(look)) for pair, stamp, look in looks if stamp and look.digest]
         try:
             with self.database:
                 self.database.executemany("INSERT OR REPLACE INTO looks VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
@@ -73,13 +77,15 @@ class Ledger:
 def name_place(pair: Pair) -> str:
     """A picture's file, and its place within a shard."""
     part = "" if pair.length is None else f"?{pair.start}+{pair.length}"
-    return f"{pair.picture.resolve()}{part}"
+    return f"{os.path.abspath(pair.picture)}{part}"
 
 
 def read_stamp(picture: Path) -> str:
-    """A file's length and times of change; an empty text when it is gone."""
+    """A file's length and times of change; an empty text when it is gone or still too young to be told by them."""
     try:
         status = picture.stat()
     except OSError:
+        return ""
+    if time.time_ns() - max(status.st_mtime_ns, status.st_ctime_ns) < YOUNG:
         return ""
     return f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
