@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -84,6 +84,26 @@ def embed_time(timesteps: Tensor, width: int) -> Tensor:
     frequencies = torch.exp(-math.log(10000) * torch.arange(half, device=timesteps.device) / half)
     angles = timesteps[:, None].float() * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+def make_wrapper(steer: Callable, key: str) -> Callable:
+    """ComfyUI's `diffusion_model` wrapper that leaves what a branch says under `key` for `make_decoder_patch`.
+
+    `steer(x, timesteps, context, options)` gives the pairs of one forward, or None where there is no control.
+    """
+
+    def run(executor, x, timesteps, context, y=None, control=None, transformer_options=None, **kwargs):
+        options = dict(transformer_options or {})
+        options[key] = steer(x, timesteps, context, options)
+        return executor(x, timesteps, context, y, control, options, **kwargs)
+
+    return run
+
+
+def control_options(steer: Callable, key: str = "dha_control") -> dict[str, Any]:
+    """`transformer_options` that steer a bare UNet of the host's, without a model patcher."""
+    wrappers = {"diffusion_model": {key: [make_wrapper(steer, key)]}}
+    return {"wrappers": wrappers, "patches": {"output_block_patch": [make_decoder_patch(key)]}}
 
 
 def make_decoder_patch(key: str) -> Callable:

@@ -6,10 +6,10 @@ import folder_paths
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 from comfy_api.latest import io
 
-from ..dha.control import make_decoder_patch
+from ..dha.control import make_decoder_patch, make_wrapper
 from ..dha.control_file import load_control
 from .apply import make_window, warn_prediction
-from .control_branch import Hint, LoadedControl, make_wrapper
+from .control_branch import Hint, LoadedControl, make_steering
 from .model_folders import CONTROLS
 
 FREQUENCY_CONTROL = io.Custom("DHA_FREQUENCY_CONTROL")
@@ -125,7 +125,7 @@ def apply_control(model, loaded: LoadedControl, hint: Hint, strength: float, is_
     warn_prediction("Apply Frequency Control", loaded.name, loaded.file.prediction, model)
     patched = model.clone()
     key = choose_key(patched)
-    wrapper = make_wrapper(branch.model, hint, strength, is_active, key)
+    wrapper = make_wrapper(make_steering(branch.model, hint, strength, is_active), key)
     patched.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, key, wrapper)
     patched.set_model_output_block_patch(make_decoder_patch(key))
     patched.add_callback_with_key(CallbacksMP.ON_CLEANUP, key, hint.forget)

@@ -89,17 +89,15 @@ class Hint:
         self.embedded.clear()
 
 
-def make_wrapper(branch: FCNet, hint: Hint, strength: float, is_active, key: str):
-    """A wrapper of the UNet's forward that runs the branch first and leaves its pairs under `key` in the options."""
+def make_steering(branch: FCNet, hint: Hint, strength: float, is_active):
+    """What a control says about a forward of the UNet, as `dha.control.make_wrapper` wants it."""
 
-    def run(executor, x, timesteps, context, y=None, control=None, transformer_options=None, **kwargs):
-        options = dict(transformer_options or {})
-        if is_active is None or is_active(options):
-            halves = len(options.get("cond_or_uncond", ())) or 1
-            own = {name: value for name, value in options.items() if name not in FOREIGN}
-            embedded = hint.embed(branch, x, x.shape[0] // halves).repeat(halves)
-            pairs = branch(x, embedded, timesteps, context, own)
-            options[key] = [pair.scale(strength) for pair in pairs]
-        return executor(x, timesteps, context, y, control, options, **kwargs)
+    def steer(x, timesteps, context, options) -> list[Pair] | None:
+        if is_active is not None and not is_active(options):
+            return None
+        halves = len(options.get("cond_or_uncond", ())) or 1
+        own = {name: value for name, value in options.items() if name not in FOREIGN}
+        embedded = hint.embed(branch, x, x.shape[0] // halves).repeat(halves)
+        return [pair.scale(strength) for pair in branch(x, embedded, timesteps, context, own)]
 
-    return run
+    return steer
