@@ -11,7 +11,7 @@ from .routing import ContextPlan, Router, coarse_indices, rest_weights
 
 
 class LowRank(nn.Module):
-    """A trained correction x -> up(down(x)) of rank r that starts as zero."""
+    """x with a trained correction, x + up(down(x)) of rank r, which starts as zero."""
 
     def __init__(self, channels: int, rank: int, operations=nn):
         super().__init__()
@@ -23,7 +23,10 @@ class LowRank(nn.Module):
         nn.init.zeros_(self.up.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.up(self.down(x))
+        """(B, N, C) -> (B, N, C); the sum is made where the product is written, which spares a pass over x."""
+        low = self.down(x)
+        wide = torch.addmm(x.flatten(0, -2).to(low.dtype), low.flatten(0, -2), self.up.weight.to(low).t())
+        return wide.view(x.shape)
 
 
 class Memory(nn.Module):
@@ -74,35 +77,41 @@ class HybridSite(nn.Module):
 
     def correct(self, name: str, x: Tensor) -> Tensor:
         """x plus its low-rank correction for q, k, v or out; x itself where there is none."""
-        return x + self.deltas[name](x) if name in self.deltas else x
+        return self.deltas[name](x) if name in self.deltas else x
 
-    def build_context(self, x: Tensor, emb: Tensor, plan: ContextPlan) -> Context:
+    def build_context(self, x: Tensor, emb: Tensor, plan: ContextPlan, grid: Tensor | None = None) -> Context:
         """Keys for tokens x (B, N, C) of a `plan.height` x `plan.width` picture at time embedding emb (B, E).
 
-        Raises ValueError when the plan needs a router and there is none.
+        `grid` (coarse,) spares making `coarse_indices` anew. Raises ValueError when the plan needs a router and there
+        is none.
         """
-        parts, weights = [], []
-        chosen = None
+        scores = chosen = None
         if plan.chosen:
             if self.router is None:
                 raise ValueError(f"the plan chooses {plan.chosen} tokens, but this site has no router")
             scores = self.router(x, emb)
             chosen = scores.topk(plan.chosen, dim=1, sorted=False).indices
-            parts.append(x.gather(1, chosen[..., None].expand(-1, -1, x.shape[-1])))
-            weights.append(straight_through(scores.gather(1, chosen)))
-        if plan.coarse:
-            parts.append(x.index_select(1, coarse_indices(plan, x.device)))
-            if self.weighted:
-                weights.append(rest_weights(plan, chosen, x.device).log().to(x.dtype))
-            else:
-                weights.append(x.new_zeros(1, plan.coarse))
+        if plan.coarse and grid is None:
+            grid = coarse_indices(plan, x.device)
+        tokens = take_tokens(x, chosen, grid)
         if self.memory is not None:
-            parts.append(self.memory.tokens.to(x).expand(len(x), -1, -1))
-            weights.append(self.memory.log_weight.to(x)[None])
-        tokens = torch.cat(parts, dim=1)
+            tokens = torch.cat([tokens, self.memory.tokens.to(x).expand(len(x), -1, -1)], dim=1)
         if self.is_uniform(plan):
             return Context(tokens, None, chosen)
-        return Context(tokens, torch.cat([w.expand(len(x), -1) for w in weights], dim=1), chosen)
+        return Context(tokens, self.weigh_keys(x, plan, scores, chosen), chosen)
+
+    def weigh_keys(self, x: Tensor, plan: ContextPlan, scores: Tensor | None, chosen: Tensor | None) -> Tensor:
+        """Log-weights (B, m) of chosen, grid and memory keys, in this order; scores (B, N), chosen (B, k)."""
+        weights = []
+        if chosen is not None:
+            weights.append(straight_through(scores.gather(1, chosen)))
+        if plan.coarse and self.weighted:
+            weights.append(rest_weights(plan, chosen, x.device).log().to(x.dtype))
+        elif plan.coarse:
+            weights.append(x.new_zeros(1, plan.coarse))
+        if self.memory is not None:
+            weights.append(self.memory.log_weight.to(x)[None])
+        return torch.cat([weight.expand(len(x), -1) for weight in weights], dim=1)
 
     def forward(
         self, attention: nn.Module, attend: Callable, x: Tensor, emb: Tensor, plan: ContextPlan, heads: int
@@ -124,6 +133,20 @@ class HybridSite(nn.Module):
         if plan.chosen:  # while training, the scores' gradient flows through the bias
             return not (torch.is_grad_enabled() or (plan.coarse and self.weighted))
         return not self.weighted or (plan.height % plan.strides[0] == 0 and plan.width % plan.strides[1] == 0)
+
+
+def take_tokens(x: Tensor, chosen: Tensor | None, grid: Tensor | None) -> Tensor:
+    """Tokens (B, k + coarse, C) of x (B, N, C) by number, chosen (B, k) and grid (coarse,), of which one may be None.
+
+    Whole rows are copied once: `gather` would read an index for every channel.
+    """
+    if chosen is None:
+        return x.index_select(1, grid)
+    batch, count, channels = x.shape
+    picks = chosen if grid is None else torch.cat([chosen, grid.expand(batch, -1)], dim=1)
+    if batch > 1:
+        picks = picks + torch.arange(0, batch * count, count, device=x.device)[:, None]
+    return x.flatten(0, 1).index_select(0, picks.flatten()).view(batch, -1, channels)
 
 
 def straight_through(scores: Tensor) -> Tensor:

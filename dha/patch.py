@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .hybrid import HybridSite
 from .official import OfficialSite
-from .routing import ContextPlan
+from .routing import ContextPlan, coarse_indices
 from .sites import Site
 from .student import Student
 
@@ -51,6 +51,45 @@ class Call(NamedTuple):
     output: Tensor | None = None
 
 
+class Planner:
+    """How the keys of a layer are spent, worked out once for each size that comes by.
+
+    Nothing is kept from compiled code: there the plan is a constant of its own, and a tensor made in a CUDA graph is
+    overwritten by the next one.
+    """
+
+    def __init__(
+        self,
+        student: Student,
+        token_budget: float | None = None,
+        max_tokens: int | None = None,
+        pays: Callable[[int, int, int], bool] | None = None,
+    ):
+        self.student, self.token_budget, self.max_tokens, self.pays = student, token_budget, max_tokens, pays
+        self.known: dict[tuple, tuple[ContextPlan | None, Tensor | None]] = {}
+
+    def prepare(self, height: int, width: int, x: Tensor) -> tuple[ContextPlan | None, Tensor | None]:
+        """Plan and grid indices for tokens x (B, height*width, C); no plan where the layer is to stay as it is."""
+        if torch.compiler.is_compiling():
+            return self.plan(height, width, x.shape[-1]), None
+        key = (height, width, x.shape[-1], x.device)
+        if key not in self.known:
+            plan = self.plan(*key[:3])
+            with torch.inference_mode(False):  # it is kept for later calls, of which some may train
+                grid = coarse_indices(plan, x.device) if plan is not None and plan.coarse else None
+            self.known[key] = plan, grid
+        return self.known[key]
+
+    def plan(self, height: int, width: int, channels: int) -> ContextPlan | None:
+        """The plan of a size; None where every token is a key, or where a short context does not pay."""
+        plan = self.student.plan(height, width, self.token_budget, self.max_tokens)
+        if plan.coarse + plan.chosen >= plan.tokens:
+            return None
+        if self.pays is not None and not self.pays(plan.tokens, channels, count_keys(plan, self.student)):
+            return None
+        return plan
+
+
 def make_patches(
     student: Student,
     attend: Callable,
@@ -58,14 +97,18 @@ def make_patches(
     levels: tuple[int, ...] | None = None,
     is_active: Callable[[dict], bool] | None = None,
     skip: frozenset[tuple[str, int]] = frozenset(),
+    max_tokens: int | None = None,
+    pays: Callable[[int, int, int], bool] | None = None,
 ) -> Patches:
     """Callables that run `student` inside a UNet.
 
     `attend(q, k, v, options, mask)` is the host's attention over (B, N, C), mask (B, 1, 1, m) added to logits or None.
-    `token_budget` and `levels` override the student's own; `is_active(options)`, asked once per forward, switches it by
-    timestep; blocks in `skip` are left alone.
+    `token_budget`, `max_tokens` and `levels` override the student's own; `is_active(options)`, asked once per forward,
+    switches it by timestep; blocks in `skip` are left alone, and so is a layer where `pays(tokens, channels, keys)` is
+    false.
     """
     chosen = student.config.levels if levels is None else levels
+    planner = Planner(student, token_budget, max_tokens, pays)
     sites = {site.block: site for site in student.list_sites() if site.level in chosen and site.block not in skip}
 
     def emb_patch(emb: Tensor, _channels: int, options: dict) -> Tensor:
@@ -87,10 +130,10 @@ def make_patches(
                 return n, context[:, :1], value[:, :1]
             return n, context, value
         height, width = options["activations_shape"][-2:]
-        plan = student.plan(height, width, token_budget)
-        if plan.coarse + plan.chosen >= plan.tokens:
+        plan, grid = planner.prepare(height, width, context)
+        if plan is None:
             return n, context, value
-        keys, log_weights, chosen = module.build_context(context, emb, plan)
+        keys, log_weights, chosen = module.build_context(context, emb, plan, grid)
         if WATCH in options:
             options[WATCH](sites[block], plan, chosen, options)
         options[STATE] = Call(module, log_weights)

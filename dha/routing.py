@@ -96,5 +96,5 @@ class Router(nn.Module):
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         """Scores (B, N) of tokens x (B, N, C) at time embedding emb (B, E)."""
         gate = self.leave(F.silu(self.enter(emb)))
-        gate = F.layer_norm(gate.float(), gate.shape[-1:]).to(x.dtype)
-        return torch.einsum("bnc,bc->bn", x, gate) * x.shape[-1] ** -0.5
+        gate = F.layer_norm(gate.float(), gate.shape[-1:]) * x.shape[-1] ** -0.5
+        return torch.bmm(x, gate.to(x.dtype)[..., None])[..., 0]

@@ -43,12 +43,14 @@ class Student(nn.Module):
             module.start()
         return self
 
-    def plan(self, height: int, width: int, token_budget: float | None = None) -> ContextPlan:
-        """How the keys of a height x width level are spent, at the configured or another budget."""
+    def plan(
+        self, height: int, width: int, token_budget: float | None = None, max_tokens: int | None = None
+    ) -> ContextPlan:
+        """How the keys of a height x width level are spent, at the configured or another budget and cap."""
         config = self.config
         budget = config.token_budget if token_budget is None else token_budget
-        routed = bool(config.router_width)
-        return plan_context(height, width, budget, config.coarse_share, config.max_tokens, routed)
+        most = config.max_tokens if max_tokens is None else max_tokens
+        return plan_context(height, width, budget, config.coarse_share, most, bool(config.router_width))
 
     def named_weights(self) -> dict[str, Tensor]:
         """Tensors by site and part, as in the file: `middle_block.1.transformer_blocks.0.attn1.router.enter.weight`."""
