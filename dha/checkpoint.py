@@ -18,6 +18,7 @@ class StudentFileError(ValueError):
     """The file is no student, or none for this use; says what was found, what was expected and what to do."""
 
 
+HEAD_WIDTH = 64  # of SD-2.x
 STUDENT = FileKind("dha-student", 1, "student", "DHA student", "models/dha", StudentFileError)
 
 
@@ -31,6 +32,7 @@ def save_student(
     metadata = {
         "config": student.config.to_json(),
         "architecture": describe_architecture(student.architecture),
+        "head_width": str(student.head_width),
         "prediction": prediction,
         "teacher": teacher,
         "training": json.dumps(training or {}),
@@ -44,10 +46,16 @@ def describe_architecture(architecture: Architecture) -> str:
     return json.dumps({"channels": dict(architecture.channels), **widths})
 
 
-def load_student(path: Path, operations=nn, head_width: int = 64, dtype: torch.dtype = torch.float32) -> Student:
-    """Read and check a student file, weights in `dtype`; raises StudentFileError for every wrong file."""
+def load_student(
+    path: Path, operations=nn, head_width: int | None = None, dtype: torch.dtype = torch.float32
+) -> Student:
+    """Read and check a student file, weights in `dtype`; raises StudentFileError for every wrong file.
+
+    `head_width` is for files that do not say it.
+    """
     metadata, weights = read_file(path, STUDENT)
     config, architecture = read_description(path, metadata)
+    head_width = read_head_width(path, metadata.get("head_width", str(head_width or HEAD_WIDTH)))
     check_heads(path, config, architecture, head_width)
     with torch.device("meta"):
         student = Student(config, architecture, operations, head_width)
@@ -90,6 +98,15 @@ def positive(value: object) -> int:
     if type(value) is not int or not 0 < value <= 65536:
         raise ValueError(f"width {value!r}, expected a whole number from 1 to 65536")
     return value
+
+
+def read_head_width(path: Path, text: str) -> int:
+    """The head width that a file says; raises StudentFileError for anything but a number a layer can be wide."""
+    if not (text.isascii() and text.isdigit()) or not 0 < int(text[:9]) <= 4096:
+        raise StudentFileError(
+            f"{path.name} has heads {shorten(text)!r} wide, expected a whole number up to 4096; get the file again"
+        )
+    return int(text[:9])
 
 
 def check_heads(path: Path, config: DHAConfig, architecture: Architecture, head_width: int) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 LEVELS = 4
 MODES = ("hybrid", "official")
+NORM_GROUPS = 32  # of every transformer in SD-2.x
 DELTAS = ("q", "k", "v", "out")
 
 
@@ -20,7 +21,8 @@ class DHAConfig:
     `levels` are UNet resolutions, 0 the finest. `token_budget` is the share of a level's tokens that become keys, at
     most `max_tokens` of them; `coarse_share` of the keys form the strided grid, the router picks the others. `memory`
     learned tokens, low-rank `deltas` of `rank` and a router of `router_width` are the trained parts; 0 leaves one out.
-    `weighted` lets a grid token count for all the tokens it stands for. `sparsity` belongs to mode `official`.
+    `weighted` lets a grid token count for all the tokens it stands for. `sparsity` and `norm_groups`, those of the
+    GroupNorm in front of each transformer, belong to mode `official`.
     """
 
     mode: str = "hybrid"
@@ -34,6 +36,7 @@ class DHAConfig:
     deltas: tuple[str, ...] = DELTAS
     router_width: int = 0
     sparsity: float = 0.5
+    norm_groups: int = NORM_GROUPS
 
     def __post_init__(self):
         for name in ("levels", "deltas"):
@@ -58,6 +61,11 @@ class DHAConfig:
             require(type(value) is int and 0 <= value <= 4096, name, value, "a whole number from 0 to 4096")
         require(
             type(self.max_tokens) is int and self.max_tokens >= 1, "max_tokens", self.max_tokens, "a whole number >= 1"
+        )
+        groups = self.norm_groups
+        require(type(groups) is int and groups in (1, 2, 4, 8, 16, 32), "norm_groups", groups, "a power of 2 up to 32")
+        require(
+            self.mode == "official" or groups == NORM_GROUPS, "norm_groups", groups, f"{NORM_GROUPS} in mode 'hybrid'"
         )
         require(type(self.weighted) is bool, "weighted", self.weighted, "true or false")
         require(set(self.deltas) <= set(DELTAS), "deltas", self.deltas, f"a selection of {DELTAS}")

@@ -1,8 +1,10 @@
 """A DHA student: the trained parts of every replaced self-attention, by site name."""
 
+from collections.abc import Container
+
 from torch import Tensor, nn
 
-from .config import DHAConfig
+from .config import NORM_GROUPS, DHAConfig
 from .hybrid import HybridSite
 from .official import OfficialSite
 from .routing import ContextPlan, plan_context
@@ -18,7 +20,7 @@ class Student(nn.Module):
 
     def __init__(self, config: DHAConfig, architecture: Architecture, operations=nn, head_width: int = 64):
         super().__init__()
-        self.config, self.architecture = config, architecture
+        self.config, self.architecture, self.head_width = config, architecture, head_width
         self.sites = nn.ModuleDict()
         for site in self.list_sites():
             channels = architecture.channels[site.name]
@@ -36,6 +38,16 @@ class Student(nn.Module):
 
     def site(self, site: Site) -> HybridSite | OfficialSite:
         return self.sites[module_key(site)]
+
+    def list_attributes(self, blocks: Container[tuple[str, int]]) -> dict[str, int]:
+        """Plain values to set in the UNet, by path, where this student runs in `blocks`.
+
+        Published students were trained with fewer groups in each transformer's norm than SD-2.x has.
+        """
+        if self.config.norm_groups == NORM_GROUPS:
+            return {}
+        places = (site.name.partition(".transformer_blocks.")[0] for site in self.list_sites() if site.block in blocks)
+        return {f"{place}.norm.num_groups": self.config.norm_groups for place in places}
 
     def start(self) -> "Student":
         """Fresh weights that leave the training-free student's output nearly unchanged; returns itself."""

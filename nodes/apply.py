@@ -99,7 +99,9 @@ def apply_student(model, loaded: LoadedStudent | None, levels, token_budget: flo
         logging.warning("Apply DHA: another node owns the self-attention of %s; these stay as they are.", sorted(taken))
     active = None if (start, end) == (0.0, 1.0) else make_window(model, start, end)
     patched = model.clone()
-    install(patched, make_patches(student, attend, token_budget, levels, active, frozenset(taken)))
+    patches = make_patches(student, attend, token_budget, levels, active, frozenset(taken))
+    install(patched, patches)
+    set_attributes(patched, student.list_attributes(patches.blocks), active is not None)
     patched.model_options["transformer_options"][KEY] = student.config.to_json()
     if loaded is not None:
         patched.set_additional_models(KEY, [loaded.patcher])
@@ -113,6 +115,17 @@ def install(patched, patches: Patches) -> None:
     patched.set_model_attn1_output_patch(patches.output)
     for kind, number in patches.blocks:
         patched.set_model_attn1_replace(patches.replace, kind, number)
+
+
+def set_attributes(patched, attributes: dict[str, int], windowed: bool) -> None:
+    """Values that hold for the whole sampling; raises ValueError for a student that needs some within a window."""
+    if attributes and windowed:
+        raise ValueError(
+            "this student was trained with other norms than the model has, which cannot change while it samples; set "
+            "start_percent to 0 and end_percent to 1"
+        )
+    for path, value in attributes.items():
+        patched.add_object_patch(f"diffusion_model.{path}", value)
 
 
 def attend(q, k, v, options, mask):
