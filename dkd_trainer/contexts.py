@@ -1,6 +1,7 @@
 """Training-free ways to shorten self-attention's keys, kept as baselines for the ablation."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -10,8 +11,9 @@ from dha.patch import plain_attention
 from dha.routing import ContextPlan, coarse_indices, rest_weights
 from dha.sites import SITES
 
-# a builder turns tokens (B, N, C) of an h x w picture and the teacher's attention mass (B, N) into keys and log-weights
-Builder = Callable[[Tensor, int, int, Tensor], tuple[Tensor, Tensor | None]]
+# a builder turns tokens (B, N, C) of an h x w picture into keys and their log-weights; the teacher's attention mass
+# (B, N) is computed when it asks for it, so that those which do not are timed without it
+Builder = Callable[[Tensor, int, int, Callable[[], Tensor]], tuple[Tensor, Tensor | None]]
 
 
 def stride_keys(stride: int) -> Builder:
@@ -39,7 +41,7 @@ def grid_and_chosen(stride: int, share: float, by: str, weighted: bool = True) -
 
     def build(x, h, w, mass):
         plan = ContextPlan(h, w, (stride, stride), max(1, round(share * h * w)))
-        scores = mass if by == "mass" else torch.rand_like(mass)
+        scores = mass() if by == "mass" else torch.rand(x.shape[:2], device=x.device)
         chosen = scores.topk(plan.chosen, dim=1).indices
         keys = torch.cat(
             [
@@ -71,9 +73,8 @@ def builder_options(teacher, builder: Builder, levels: tuple[int, ...]) -> dict:
         options["bias"] = None
         if site is None:
             return n, context, value
-        keys, options["bias"] = builder(
-            context, *options["activations_shape"][-2:], attention_mass(teacher.attention(site), context)
-        )
+        measure = partial(attention_mass, teacher.attention(site), context)
+        keys, options["bias"] = builder(context, *options["activations_shape"][-2:], measure)
         return n, keys, keys
 
     def attend(q, k, v, options):
@@ -83,19 +84,23 @@ def builder_options(teacher, builder: Builder, levels: tuple[int, ...]) -> dict:
     return {"patches": {"attn1_patch": [shorten]}, "patches_replace": {"attn1": {block: attend for block in sites}}}
 
 
-def window_options(side: int, levels: tuple[int, ...]) -> dict:
-    """Attention inside `side` x `side` windows alone (HyperTile-like), at the given levels; sizes must divide."""
+def window_options(parts: int, levels: tuple[int, ...]) -> dict:
+    """Attention inside windows alone, `parts` of them down and across at each of the given levels.
+
+    Raises ValueError while it runs at a size that does not divide.
+    """
 
     def attend(q, k, v, options):
         h, w = options["activations_shape"][-2:]
+        if h % parts or w % parts:
+            raise ValueError(f"a level of {h}x{w} tokens cannot be cut into {parts}x{parts} windows; use another size")
 
         def cut(x):
-            return (
-                x.unflatten(1, (h // side, side, w // side, side)).transpose(2, 3).reshape(-1, side * side, x.shape[-1])
-            )
+            windows = x.unflatten(1, (parts, h // parts, parts, w // parts)).transpose(2, 3)
+            return windows.reshape(-1, h * w // parts**2, x.shape[-1])
 
         out = plain_attention(cut(q), cut(k), cut(v), options, None)
-        out = out.reshape(len(q), h // side, w // side, side, side, -1).transpose(2, 3)
+        out = out.reshape(len(q), parts, parts, h // parts, w // parts, -1).transpose(2, 3)
         return out.reshape(len(q), h * w, -1)
 
     blocks = [site.block for site in SITES if site.level in levels]

@@ -1,123 +1,145 @@
-"""`python -m dkd_trainer.evaluate`: teacher and students on held-out pairs, as JSON, Markdown and pictures."""
+"""`python -m dkd_trainer.evaluate`: teacher, students and peers on held-out pairs, as tables, pictures and plots."""
 
 import argparse
-import json
-import os
 import sys
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from PIL import Image
 
+from .evaluation import SHOWN, Sampling, judge_pictures, measure_subject
+from .hardware import describe_run
+from .held_out import HeldOut, open_held_out
 from .host import ROOT, Teacher, ensure_comfy
+from .judges import list_judges
+from .kept import Kept, name_code, name_file
+from .peers import list_peers
+from .report import Report, write_report
+from .stopwatch import time_subjects
+from .students import list_students, peer_levels, read_students
+from .subject import Subject, list_null_band
+from .summary import summarise
+
+MODELS = ROOT / "workflows" / "models"
 
 
-def read_arguments() -> argparse.Namespace:
+def read_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line; the defaults evaluate the shipped models."""
-    models = ROOT / "workflows" / "models"
     parser = argparse.ArgumentParser(prog="python -m dkd_trainer.evaluate", description=__doc__)
-    parser.add_argument("--teacher", type=Path, default=models / "checkpoints" / "mini-sd21.safetensors")
-    parser.add_argument("--students", type=Path, nargs="+", default=[models / "dha" / "mini-sd21-dha.safetensors"])
-    parser.add_argument("--held-out", type=Path, required=True, help="folder of pairs that training never saw")
-    parser.add_argument("--scorer", type=Path, help="prompt scorer from dkd_trainer.metrics.prompt_score")
-    parser.add_argument("--count", type=int, default=256, help="held-out pairs to use")
-    parser.add_argument("--size", type=int, default=512, help="side of the pictures in pixels (mini teacher: 128)")
-    parser.add_argument("--token-budget", type=float, help="another budget than the students' own")
-    parser.add_argument("--cfg", type=float, default=4.0)
-    parser.add_argument("--comfyui", help="ComfyUI's folder, when it is not on PYTHONPATH (or COMFYUI_PATH)")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the results")
-    return parser.parse_args()
+    add = parser.add_argument
+    add("--teacher", type=Path, default=MODELS / "checkpoints" / "mini-sd21.safetensors")
+    add("--students", type=Path, nargs="*", default=[MODELS / "dha" / "mini-sd21-dha.safetensors"])
+    add("--budgets", type=float, nargs="+", help="shares of the tokens that become keys (each student's own)")
+    add("--held-out", type=Path, required=True, help="folder of pairs that training never saw")
+    add("--skip", type=int, default=0, help="held-out pairs to leave out first: choose on some, report on others")
+    add("--count", type=int, default=256, help="held-out pairs to use (%(default)s)")
+    add("--size", type=int, default=512, help="side of the pictures in pixels (%(default)s; mini teacher: 128)")
+    add("--steps", type=int, default=25, help="of Euler's method (%(default)s)")
+    add("--cfg", type=float, default=4.0, help="guidance scale (%(default)s)")
+    add("--batch", type=int, default=32, help="pictures drawn at once (%(default)s)")
+    add("--no-peers", action="store_true", help="students and the null band alone")
+    add("--scorer", type=Path, help="prompt scorer from dkd_trainer.metrics.prompt_score (emoji scenes)")
+    add("--clip-weights", type=Path, help="weights for a CLIP score by open_clip; nothing is downloaded")
+    add("--clip-model", default="ViT-B-32", help="their architecture as open_clip names it (%(default)s)")
+    add("--rounds", type=int, default=9, help="of timing, 0 for none (%(default)s)")
+    add("--time-size", type=int, nargs="+", help="sides in pixels at which a UNet step is timed (that of --size)")
+    add("--time-checkpoint", type=Path, help="time the same subjects on another SD-2.x checkpoint, students untrained")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--comfyui", help="ComfyUI's folder, when it is not on PYTHONPATH (or COMFYUI_PATH)")
+    add("--out", type=Path, required=True, help="folder for the results; the same command goes on where it stopped")
+    return parser.parse_args(arguments)
 
 
-def list_subjects(teacher: Teacher, files: list[Path], budget: float | None) -> list:
-    """The teacher, the teacher with fewer steps (a harmless change), training-free, and every student."""
-    from dha.checkpoint import check_architecture, load_student
-    from dha.config import DHAConfig
-    from dha.student import Student
-
-    from .evaluation import Subject
-    from .imitation import student_options
-
-    subjects = [Subject("teacher"), Subject("teacher, 20 steps", steps=20)]
-    students = []
-    for file in files:
-        student = load_student(file, head_width=teacher.head_width).to(teacher.device)
-        check_architecture(file.name, student.architecture, teacher.architecture)
-        students.append((file.stem, student))
-    first = students[0][1].config
-    free = DHAConfig(levels=first.levels, token_budget=first.token_budget, max_tokens=first.max_tokens)
-    students.insert(0, ("training-free", Student(free, teacher.architecture)))
-    return [*subjects, *(Subject(name, student_options(student, budget)) for name, student in students)]
-
-
-def to_markdown(rows: dict[str, dict]) -> str:
-    """Rows by subject as a table; missing values as a dash."""
-    columns = list(dict.fromkeys(name for row in rows.values() for name in row))
-    lines = ["| subject | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
-    for name, row in rows.items():
-        cells = [f"{row[c]:.4g}" if isinstance(row.get(c), float) else "-" for c in columns]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def save_sheet(path: Path, pictures: list[torch.Tensor], columns: int = 12) -> None:
-    """One row per subject with the same prompts and seeds; below, four times the last one's difference to the first."""
-    shown = [p[:columns] for p in pictures]
-    shown.append(((shown[-1] - shown[0]).abs() * 4).clamp(max=1))
-    rows = [torch.cat(list(row), dim=2) for row in shown]
-    array = (torch.cat(rows, dim=1) * 255).byte().permute(1, 2, 0).numpy()
-    Image.fromarray(array).save(path)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file whole or not at all."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
-
-
-def main() -> None:
-    args = read_arguments()
-    ensure_comfy(args.comfyui)
-    from .evaluation import compare_pictures, draw_pictures, measure_errors, read_real
-    from .loop import current_command, current_commit
-    from .metrics.features import load_feature_net
-    from .metrics.prompt_score import load_prompt_scorer
-    from .pairs import find_pairs, load_encoded
-
-    teacher = Teacher(args.teacher, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    pairs, _ = find_pairs(args.held_out)
-    pairs = pairs[: args.count]
-    args.out.mkdir(parents=True, exist_ok=True)
-    encoded, _ = load_encoded(pairs, args.size, teacher, args.out / "cache")
-    real, prompts = read_real([p.picture for p in pairs], args.size), [p.prompt for p in pairs]
-    net, scorer = load_feature_net(), load_prompt_scorer(args.scorer) if args.scorer else None
-    rows, sheets, reference = {}, [], None
-    for subject in list_subjects(teacher, args.students, args.token_budget):
-        errors = (
-            {}
-            if not subject.options
-            else {f"error {k}": v for k, v in measure_errors(teacher, subject, encoded).items()}
-        )
-        pictures = draw_pictures(teacher, subject, encoded, args.cfg)
-        reference = pictures if reference is None else reference
-        rows[subject.name] = {**errors, **compare_pictures(pictures, reference, real, prompts, net, scorer)}
-        sheets.append(pictures)
-        print(subject.name, json.dumps(rows[subject.name]), flush=True)
-    rows["real pictures"] = compare_pictures(real, real, real, prompts, None, scorer)
-    record = {
-        "command": current_command("dkd_trainer.evaluate"),
-        "commit": current_commit(),
-        "pairs": len(pairs),
+def open_kept(args: argparse.Namespace, held_out: HeldOut, sampling: Sampling, missing: dict[str, str]) -> Kept:
+    """Results so far under everything that decides all of them."""
+    files = [file for file in (args.teacher, args.scorer, args.clip_weights) if file is not None]
+    common = {
+        "files": [name_file(file) for file in files],
+        "pairs": held_out.identity,
+        "sampling": asdict(sampling),
+        "clip_model": args.clip_model,
+        "missing": sorted(missing),
+        "device": torch.device(args.device).type,
+        "code": name_code(),
     }
-    write_text(args.out / "evaluation.json", json.dumps({**record, "rows": rows}, indent=1))
-    write_text(args.out / "evaluation.md", to_markdown(rows))
-    save_sheet(args.out / "evaluation.png", sheets)
-    print(f"wrote {args.out}/evaluation.json, .md and .png")
+    return Kept(args.out / "kept", common)
+
+
+def list_subjects(args: argparse.Namespace, teacher: Teacher) -> list[Subject]:
+    """The null band, DHA at every budget, and the peers at the levels of the first student; raises ValueError."""
+    students = read_students(args.students, teacher)
+    subjects = [*list_null_band(args.steps), *list_students(students, args.budgets)]
+    if not args.no_peers:
+        subjects += list_peers(peer_levels(students))
+    names = [subject.name for subject in subjects]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"{twice[0]!r} would stand for two subjects; rename one of the files")
+    return subjects
+
+
+def time_all(args: argparse.Namespace, teacher: Teacher, subjects: list[Subject]) -> list[dict]:
+    """Seconds of a step at every size asked for, on the teacher or on the checkpoint that stands in for it."""
+    if not args.rounds:
+        return []
+    timed = [subject for subject in subjects if subject.family not in ("null", "far end")]
+    name = args.teacher.name
+    if args.time_checkpoint is not None:
+        teacher, name = Teacher(args.time_checkpoint, teacher.device), args.time_checkpoint.name
+    settings = {"checkpoint": name, "architecture": teacher.architecture.label, "batch": 2, "rounds": args.rounds}
+    sizes = args.time_size or [args.size]
+    return [{**settings, "size": s, "subjects": time_subjects(teacher, timed, s, 2, args.rounds)} for s in sizes]
+
+
+def evaluate(args: argparse.Namespace) -> Report:
+    """Measure what is not measured yet, and put it all together."""
+    teacher = Teacher(args.teacher, torch.device(args.device))
+    sampling = Sampling(args.steps, args.cfg, args.batch)
+    held_out = open_held_out(args.held_out, teacher, args.out / "cache", args.size, args.skip, args.count)
+    judges, missing = list_judges(args.scorer, args.clip_weights, args.clip_model)
+    kept = open_kept(args, held_out, sampling, missing)
+    itself, subjects = Subject("teacher", "teacher"), list_subjects(args, teacher)
+    reference = kept.get_tensors(itself.key, lambda: measure_subject(teacher, itself, held_out, sampling, judges))
+    judged = {**judges, "pairs": {}, "latents": {}}
+    real = judge_pictures(held_out.pictures, held_out.latents, held_out.prompts, judged, None)
+    rows = {itself.name: summarise(reference, reference, real)}
+    sheet = [(itself.name, reference["pictures"][:SHOWN])]
+    for subject in subjects:
+        measured = kept.get_tensors(
+            subject.key, lambda s=subject: measure_subject(teacher, s, held_out, sampling, judges, reference)
+        )
+        rows[subject.name] = summarise(measured, reference, real)
+        sheet.append((subject.name, measured["pictures"]))
+        print(f"{subject.name}: error {rows[subject.name].get('error mean', 0):.4f}", flush=True)
+    rows["real pictures"] = summarise(real, reference, real)
+    settings = {
+        "teacher": args.teacher.name,
+        "architecture": teacher.architecture.label,
+        "prediction": teacher.prediction,
+        "dtype": "fp32",
+        "sampler": "Euler",
+        **asdict(sampling),
+        "size": args.size,
+        "held_out_pairs": f"{args.skip} to {args.skip + args.count - 1}",
+        "students": {file.name: name_file(file) for file in args.students},
+    }
+    timing = time_all(args, teacher, [itself, *subjects])
+    record = describe_run("dkd_trainer.evaluate", teacher.device)
+    families = {subject.name: (subject.family, subject.label) for subject in subjects}
+    return Report(record, settings, rows, families, timing, missing, sheet)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    args = read_arguments(arguments)
+    ensure_comfy(args.comfyui)
+    for path in write_report(evaluate(args), args.out):
+        print(f"wrote {path}")
 
 
 if __name__ == "__main__":
     try:
         main()
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command goes on from here")
     except (FileNotFoundError, ValueError, ImportError) as error:
         sys.exit(f"dkd_trainer.evaluate: {error}")

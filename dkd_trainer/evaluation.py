@@ -1,16 +1,16 @@
-"""How close a student is to its teacher: prediction error per timestep band, pictures of the same seed."""
+"""What is measured of one subject, picture by picture: its prediction error by timestep, and what it draws."""
 
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from .diffusion import add_noise, sample_euler, to_noise
+from .held_out import HeldOut, to_bytes
 from .host import Teacher
-from .metrics.kernel_distance import estimate_distance
 from .metrics.pictures import psnr, ssim
+from .subject import Running, Subject
 
 BANDS = (
     (0, 100),
@@ -18,85 +18,101 @@ BANDS = (
     (300, 600),
     (600, 1000),
 )  # timesteps; detail is decided in the first, composition in the last
+SHOWN = 12  # pictures of each subject that are kept for the sheet
 
 
 @dataclass(frozen=True)
-class Subject:
-    """A named way to run the teacher's UNet: patches in `options`, `steps` of the sampler."""
+class Sampling:
+    """How pictures are drawn; Euler's method, `cfg` the guidance scale."""
 
-    name: str
-    options: dict = field(default_factory=dict)
     steps: int = 25
+    cfg: float = 4.0
+    batch: int = 32
 
 
 @torch.inference_mode()
-def measure_errors(teacher: Teacher, subject: Subject, pairs: dict[str, Tensor], batch: int = 32) -> dict[str, float]:
-    """Relative error |e_s - e_t| / |e_t| of the prediction, per band of timesteps and as their `mean`."""
+def predict_bands(running: Running, held_out: HeldOut, device: torch.device, batch: int = 32) -> Tensor:
+    """Predictions (bands, n, 4, h, w) at a random timestep of each band; noise and timesteps are the same for all."""
+    torch.manual_seed(0)  # ToMe and random baselines draw from the global generator
     generator = torch.Generator().manual_seed(5)
-    errors = {}
+    bands = []
     for low, high in BANDS:
-        difference = energy = 0.0
-        for start in range(0, len(pairs["latents"]), batch):
-            latents = pairs["latents"][start : start + batch].float()
-            context = pairs["context"][start : start + batch].float()
-            t = torch.randint(low, high, (len(latents),), generator=generator)
-            noisy = add_noise(latents, torch.randn(latents.shape, generator=generator), t)
-            moved = [a.to(teacher.device) for a in (noisy, t, context)]
-            expected, found = teacher.predict(*moved), teacher.predict(*moved, subject.options)
-            difference += (found - expected).square().sum().item()
-            energy += expected.square().sum().item()
-        errors[f"{low}-{high}"] = (difference / energy) ** 0.5
-    errors["mean"] = sum(errors.values()) / len(BANDS)
-    return errors
+        t = torch.randint(low, high, (len(held_out),), generator=generator)
+        noisy = add_noise(held_out.latents, torch.randn(held_out.latents.shape, generator=generator), t)
+        chunks = zip(noisy.split(batch), t.split(batch), held_out.context.split(batch), strict=True)
+        bands.append(torch.cat([running.predict(*(part.to(device) for part in chunk)).cpu() for chunk in chunks]))
+    return torch.stack(bands)
 
 
 @torch.inference_mode()
-def draw_pictures(
-    teacher: Teacher, subject: Subject, pairs: dict[str, Tensor], cfg: float = 4.0, batch: int = 32
-) -> Tensor:
-    """Pictures (n, 3, H, W) of every prompt of `pairs`; noise and guidance are the same for every subject."""
-    noise = torch.randn(pairs["latents"].shape, generator=torch.Generator().manual_seed(11))
-    pictures = []
-    for start in tqdm(range(0, len(noise), batch), desc=subject.name, leave=False):
-        context = pairs["context"][start : start + batch].float()
-        both = torch.cat([context, pairs["empty"].float().expand_as(context)]).to(teacher.device)
+def draw_latents(teacher: Teacher, running: Running, held_out: HeldOut, sampling: Sampling) -> Tensor:
+    """Latents (n, 4, h, w) of every prompt; noise and guidance are the same for subjects of one seed."""
+    torch.manual_seed(0)
+    subject = running.subject
+    noise = torch.randn(held_out.latents.shape, generator=torch.Generator().manual_seed(subject.seed))
+    drawn = []
+    for start in tqdm(range(0, len(noise), sampling.batch), desc=subject.name, leave=False):
+        context = held_out.context[start : start + sampling.batch]
+        both = torch.cat([context, held_out.empty.expand_as(context)]).to(teacher.device)
 
         def predict(x, t, both=both):
-            doubled, times = torch.cat([x, x]), torch.cat([t, t]).to(x.device)
-            prediction = teacher.predict(doubled, times, both, subject.options)
+            doubled, times = torch.cat([x, x]), torch.cat([t, t])
+            prediction = running.predict(doubled, times.to(x.device), both)
             cond, empty = to_noise(prediction, doubled, times.cpu(), teacher.prediction).chunk(2)
-            return empty + cfg * (cond - empty)
+            return empty + sampling.cfg * (cond - empty)
 
-        latents = sample_euler(predict, noise[start : start + batch].to(teacher.device), subject.steps)
-        pictures.append(teacher.decode_latents(latents).cpu().clone())
-    return torch.cat(pictures)
+        noisy = noise[start : start + sampling.batch].to(teacher.device)
+        drawn.append(sample_euler(predict, noisy, subject.steps or sampling.steps).cpu())
+    return torch.cat(drawn)
 
 
-def compare_pictures(
-    pictures: Tensor, reference: Tensor, real: Tensor, prompts: list[str], net, scorer
-) -> dict[str, float]:
-    """Median PSNR (dB), mean SSIM and perceptual distance to `reference`; KID x 1e3 to `real`; prompt score.
+@torch.inference_mode()
+def decode_pictures(teacher: Teacher, latents: Tensor, batch: int = 16) -> Tensor:
+    """Latents (n, 4, h, w) -> pictures (n, 3, H, W) as saved, uint8."""
+    parts = [to_bytes(teacher.decode_latents(part.to(teacher.device))).cpu() for part in latents.split(batch)]
+    return torch.cat(parts).clone()
 
-    `net` and `scorer` may be None, then what needs them is left out.
+
+def measure_subject(
+    teacher: Teacher,
+    subject: Subject,
+    held_out: HeldOut,
+    sampling: Sampling,
+    judges: dict,
+    reference: dict[str, Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """All that is measured of a subject, by name, first dimension n; `reference` is the teacher's, None for itself.
+
+    `judges` are functions of pictures, see `list_judges` in `dkd_trainer.judges`.
     """
-    result = {"psnr": psnr(pictures, reference).median().item(), "ssim": ssim(pictures, reference).mean().item()}
-    if net is not None:
-        from .metrics.features import perceptual_distance, pool_features
+    running = Running(teacher, subject, held_out.latents.shape[-1])
+    measured: dict[str, Tensor] = {}
+    if reference is None:
+        measured["predictions"] = predict_bands(running, held_out, teacher.device)
+    elif not subject.is_teacher:
+        expected = reference["predictions"]
+        found = predict_bands(running, held_out, teacher.device)
+        measured["error"] = (found - expected).square().sum((2, 3, 4)).T.contiguous()
+        measured["energy"] = expected.square().sum((2, 3, 4)).T.contiguous()
+    measured["latents"] = draw_latents(teacher, running, held_out, sampling)
+    pictures = decode_pictures(teacher, measured["latents"])
+    measured["pictures"] = pictures if reference is None else pictures[:SHOWN].clone()
+    return measured | judge_pictures(pictures, measured["latents"], held_out.prompts, judges, reference)
 
-        split = [slice(i, i + 32) for i in range(0, len(pictures), 32)]
-        distances = [perceptual_distance(net, pictures[s], reference[s]) for s in split]
-        result["perceptual"] = torch.cat(distances).mean().item()
-        features, real_features = (torch.cat([pool_features(net, p[s]) for s in split]) for p in (pictures, real))
-        estimate = estimate_distance(features, real_features)
-        result["kid_x1e3"], result["kid_error_x1e3"] = 1e3 * estimate.mean, 1e3 * estimate.error
-    if scorer is not None:
-        scores = [scorer.score(pictures[i : i + 32], prompts[i : i + 32]) for i in range(0, len(pictures), 32)]
-        result["prompt_score"] = torch.cat(scores).mean().item()
-    return {name: None if value == float("inf") else value for name, value in result.items()}
 
-
-def read_real(names: list[Path], size: int) -> Tensor:
-    """Real pictures (n, 3, size, size) for KID."""
-    from .pairs import read_picture
-
-    return torch.stack([read_picture(name, size) for name in names])
+def judge_pictures(
+    pictures: Tensor, latents: Tensor, prompts: list[str], judges: dict, reference: dict[str, Tensor] | None
+) -> dict[str, Tensor]:
+    """What the pictures (n, 3, H, W) show, and how far they are from the reference's with the same number."""
+    measured = {}
+    shown = pictures.float() / 255
+    for name, judge in judges["alone"].items():
+        measured[name] = torch.cat([judge(shown[i : i + 32], prompts[i : i + 32]) for i in range(0, len(shown), 32)])
+    if reference is None:
+        return measured
+    other = reference["pictures"].float() / 255
+    for name, judge in {"psnr": psnr, "ssim": ssim, **judges["pairs"]}.items():
+        measured[name] = torch.cat([judge(a, b).float() for a, b in zip(shown.split(32), other.split(32), strict=True)])
+    for name, judge in judges["latents"].items():
+        measured[f"{name}_error"], measured[f"{name}_energy"] = judge(latents, reference["latents"])
+    return measured

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class Estimate(NamedTuple):
-    """A mean over random subsets and its standard error."""
+    """A value and its standard error."""
 
     mean: float
     error: float
@@ -43,20 +43,28 @@ def kernel_distance(x: Tensor, y: Tensor) -> float:
     return (within - 2 * cubic_kernel(x, y).mean()).item()
 
 
-def estimate_distance(x: Tensor, y: Tensor, subsets: int = 20, size: int = 200, seed: int = 0) -> Estimate:
-    """Mean and standard error of the distance over random halves, or subsets of `size` where there are more pictures.
+def jackknife_distance(x: Tensor, y: Tensor, than: Tensor | None = None, groups: int = 10) -> Estimate:
+    """The distance of whole sets x (n, D) and y (n, D), and the error that which n pairs were drawn leaves in it.
 
-    The error is that of the mean over subsets, which overlap: it does not see how the whole sets were drawn.
-    Raises ValueError when there are fewer than four pictures in a set or fewer than two subsets.
+    Row i of x and of y belong together (same prompt): the delete-a-group jackknife leaves both out. With `than` (n, D)
+    it is the change of the distance from that set to x, whose error is far smaller than that of either where the rows
+    are pictures of the same prompts and seeds. Raises ValueError for other shapes or fewer than four pictures.
     """
     x, y = check_features(x, y)
-    size = min(size, len(x) // 2, len(y) // 2)
-    if size < 2 or subsets < 2:
-        raise ValueError(f"found {len(x)} and {len(y)} pictures in {subsets} subsets, expected at least 4, 4 and 2")
-    generator = torch.Generator().manual_seed(seed)
-    draws = []
-    for _ in range(subsets):
-        picks = [torch.randperm(len(z), generator=generator)[:size].to(z.device) for z in (x, y)]
-        draws.append(kernel_distance(x[picks[0]], y[picks[1]]))
-    values = torch.tensor(draws, dtype=torch.float64)
-    return Estimate(values.mean().item(), (values.std() / subsets**0.5).item())
+    if len(x) != len(y) or len(x) < 4 or (than is not None and than.shape != x.shape):
+        raise ValueError(f"found sets of {len(x)} and {len(y)} pictures, expected pairs, and at least 4 of them")
+    groups = min(groups, len(x))
+    member = torch.arange(len(x)) % groups
+    real = cubic_kernel(y, y)
+    signed = [(1, x)] if than is None else [(1, x), (-1, than.double())]
+    kernels = [(sign, cubic_kernel(z, z), cubic_kernel(z, y)) for sign, z in signed]
+
+    def measure(kept: Tensor) -> float:
+        pick = torch.meshgrid(kept, kept, indexing="ij")
+        common = mean_off_diagonal(real[pick])
+        terms = [s * (mean_off_diagonal(own[pick]) + common - 2 * cross[pick].mean()) for s, own, cross in kernels]
+        return sum(term.item() for term in terms)
+
+    left = torch.tensor([measure((member != group).nonzero()[:, 0]) for group in range(groups)], dtype=torch.float64)
+    error = ((groups - 1) * (left - left.mean()).square().mean()).sqrt()
+    return Estimate(measure(torch.arange(len(x))), error.item())

@@ -1,0 +1,37 @@
+"""What every figure has to name beside it: processor, versions, commit and command."""
+
+import os
+import platform
+from pathlib import Path
+
+import torch
+
+from .record import current_command, current_commit
+
+
+def name_processor() -> str:
+    """The processor as its maker calls it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def describe_run(module: str, device: torch.device) -> dict[str, str]:
+    """Hardware, versions, commit and command line of this very run."""
+    where = f"{name_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    if device.type == "cuda":
+        where = f"{torch.cuda.get_device_name(device)} ({where})"
+    return {
+        "command": current_command(module),
+        "commit": current_commit(),
+        "hardware": where,
+        "torch": torch.__version__,
+        "comfyui": read_comfyui_version(),
+    }
+
+
+def read_comfyui_version() -> str:
+    import comfyui_version
+
+    return comfyui_version.__version__

@@ -1,0 +1,64 @@
+"""Results that outlive a stopped run: one file for everything that decides them, whole or not there."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from .cache import write_whole
+from .host import ROOT
+
+DHA = ("config", "hybrid", "official", "patch", "routing", "sites", "student", "frequency", "fidelity")
+TRAINER = ("contexts", "diffusion", "evaluation", "held_out", "judges", "peers", "subject")
+METRICS = ("bands", "captions", "features", "phrases", "pictures", "prompt_score", "published")
+# what decides a measurement; presenting it and training do not
+SOURCES = (
+    *(f"dha/{name}.py" for name in DHA),
+    *(f"dkd_trainer/{name}.py" for name in TRAINER),
+    *(f"dkd_trainer/metrics/{name}.py" for name in METRICS),
+)
+
+
+def name_code() -> str:
+    """A short hash of the sources that decide a measurement, and of torch's version."""
+    digest = hashlib.sha256(torch.__version__.encode())
+    for name in SOURCES:
+        digest.update((ROOT / name).read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def name_file(path: Path) -> str:
+    """A short hash of a file's content."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 24):
+            digest.update(block)
+    return digest.hexdigest()[:16]
+
+
+class Kept:
+    """A folder of results; `common` is what decides all of them."""
+
+    def __init__(self, folder: Path, common: dict):
+        self.folder, self.common = folder, common
+
+    def locate(self, identity: dict) -> Path:
+        """The file of one result."""
+        text = json.dumps([self.common, identity], sort_keys=True)
+        return self.folder / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.safetensors"
+
+    def get_tensors(self, identity: dict, measure: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """The result that was kept, or else a new one, which is kept; a damaged file is measured again."""
+        path = self.locate(identity)
+        try:
+            return load_file(path)
+        except (FileNotFoundError, SafetensorError):
+            measured = {name: tensor.contiguous() for name, tensor in measure().items()}
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_whole(path, save(measured, {"identity": json.dumps(identity)}))
+            return measured

@@ -1,0 +1,264 @@
+"""An evaluation as JSON, as Markdown, as one HTML file that holds its pictures, and as plots."""
+
+import base64
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from torch import Tensor
+
+from .cache import write_whole
+from .charts import Point, draw_points, draw_sheet
+from .evaluation import BANDS
+from .metrics.bands import NAMES
+from .summary import Row, judge_null_band
+
+FORMAT = "dha-evaluation"
+EQUAL = 1.02  # steps whose times differ by less are called equally long
+NULL_BAND = (
+    "Within the null band: no farther from the teacher than it is itself at bf16 or with a fifth fewer steps "
+    "(a change passes too where two standard errors reach that)"
+)
+DEFINITIONS = """\
+Error: |e_s - e_t| / |e_t| of the prediction for the same noisy latents, by timestep. All else is of pictures drawn with
+the same prompts and seeds: relative error of the final latents, and of their DCT coefficients in the bands low (i + j
+up to 30 of a 64x64 latent), mid (20 to 40) and high (50 and above); median PSNR, mean SSIM and perceptual distance
+(EfficientNet-lite0) to the teacher's; KID x 1e3 on the same network's features against the real pictures of the
+prompts; score of the prompt. Behind ±: one standard error over pictures (KID: delete-a-group jackknife); "change" is
+against the teacher, prompt by prompt."""
+
+
+class Column(NamedTuple):
+    """A column of a table: figure `key` times `factor`, with its standard error where there is one."""
+
+    title: str
+    key: str
+    digits: str = ".3g"
+
+
+QUALITY = (
+    Column("error", "error mean", ".4f"),
+    Column("latents", "latent_error", ".3f"),
+    Column("PSNR", "psnr", ".1f"),
+    Column("SSIM", "ssim", ".3f"),
+    Column("perceptual", "perceptual", ".3f"),
+    Column("LPIPS", "lpips", ".3f"),
+    Column("KID", "kid_x1e3", ".1f"),
+    Column("change", "kid_change_x1e3", "+.1f"),
+    Column("FID", "fid", ".1f"),
+    Column("prompt", "prompt_score", ".3f"),
+    Column("change", "prompt_score_change", "+.3f"),
+    Column("CLIP", "clip_score", ".2f"),
+    Column("change", "clip_score_change", "+.2f"),
+)
+TIMESTEPS = tuple(Column(f"{low}-{high}", f"error {low}-{high}", ".4f") for low, high in BANDS)
+FREQUENCIES = tuple(Column(f"DCT {name}", f"dct_{name}", ".3f") for name in NAMES)
+
+
+@dataclass
+class Report:
+    """All there is to say: what ran where (`record`), `settings`, figures by subject, step times, and pictures.
+
+    `families` are family and label of each subject in the plots, `missing` names metrics that could not be computed.
+    """
+
+    record: dict[str, str]
+    settings: dict
+    rows: dict[str, Row]
+    families: dict[str, tuple[str, str]]
+    timing: list[dict]
+    missing: dict[str, str]
+    sheet: list[tuple[str, Tensor]]
+
+
+def to_document(report: Report) -> dict:
+    """The JSON document."""
+    null = [name for name, (family, _) in report.families.items() if family == "null"]
+    others = [name for name in report.families if name not in null]
+    return {
+        "format": FORMAT,
+        "version": 1,
+        **report.record,
+        "settings": report.settings,
+        "missing": report.missing,
+        "rows": report.rows,
+        "within_null_band": judge_null_band(report.rows, null, others),
+        "timing": report.timing,
+        "at_equal_time": [compare_at_equal_time(report, timing["subjects"]) for timing in report.timing],
+    }
+
+
+def compare_at_equal_time(report: Report, times: dict[str, dict]) -> dict[str, dict]:
+    """For every student and training-free form, the best of the peers that take at least as long a step.
+
+    Times are those relative to the teacher's in the same round, which a machine's moods disturb least.
+    """
+    is_ours = {name: family_is_ours(report, name) for name in times if "error mean" in report.rows.get(name, {})}
+    found = {}
+    for name in (name for name, ours in is_ours.items() if ours):
+        slower = [
+            peer
+            for peer, ours in is_ours.items()
+            if not ours and times[peer]["relative"] * EQUAL >= times[name]["relative"]
+        ]
+        best = min(slower, key=lambda peer: report.rows[peer]["error mean"], default=None)
+        better = best is None or report.rows[name]["error mean"] < report.rows[best]["error mean"]
+        found[name] = {"peers": len(slower), "best": best, "better": better}
+    return found
+
+
+def family_is_ours(report: Report, name: str) -> bool:
+    """Whether a subject is a form of DHA: a student's file or the training-free form."""
+    family = report.families.get(name, ("", ""))[0]
+    return family.startswith("DHA") or f"{family}.safetensors" in report.settings["students"]
+
+
+def tabulate(rows: dict[str, Row], columns: tuple[Column, ...]) -> tuple[list[str], list[list[str]]]:
+    """Head and cells of a table; columns and subjects without any figure are left out."""
+    used = [column for column in columns if any(column.key in row for row in rows.values())]
+    cells = [
+        [name, *(write_figure(row, column) for column in used)]
+        for name, row in rows.items()
+        if any(column.key in row for column in used)
+    ]
+    return ["", *(column.title for column in used)], cells
+
+
+def write_figure(row: Row, column: Column) -> str:
+    """A figure with its error, or a dash."""
+    if column.key not in row:
+        return "-"
+    error = row.get(f"{column.key}_error") if "change" in column.key or "kid" in column.key else None
+    behind = "" if error is None else f" ± {error:{column.digits.lstrip('+')}}"
+    return f"{row[column.key]:{column.digits}}{behind}"
+
+
+def list_tables(report: Report, document: dict) -> list[tuple[str, list[str], list[list[str]]]]:
+    """Title, head and cells of all tables."""
+    tables = [
+        ("Quality", *tabulate(report.rows, QUALITY)),
+        ("Error of the prediction by timestep", *tabulate(report.rows, TIMESTEPS)),
+        ("Error of the final latents by frequency", *tabulate(report.rows, FREQUENCIES)),
+    ]
+    verdicts = document["within_null_band"]
+    if verdicts:
+        figures = list(dict.fromkeys(figure for verdict in verdicts.values() for figure in verdict))
+        cells = [
+            [name, *({True: "yes", False: "no"}.get(verdict.get(f), "-") for f in figures)]  # type: ignore[arg-type]
+            for name, verdict in verdicts.items()
+        ]
+        head = ["", *(figure.replace("_", " ").replace(" x1e3", "") for figure in figures)]
+        tables.append((NULL_BAND, head, cells))
+    for timing, equal in zip(report.timing, document["at_equal_time"], strict=True):
+        tables.append(tabulate_time(report, timing, equal))
+    return tables
+
+
+def tabulate_time(report: Report, timing: dict, equal: dict[str, dict]) -> tuple[str, list[str], list[list[str]]]:
+    """Step times in the order of the error, and the best peer at the same or more time."""
+    title = (
+        f"One UNet step of {timing['checkpoint']} ({timing['architecture']}) at {timing['size']}x{timing['size']}, "
+        f"batch {timing['batch']}, {timing['rounds']} rounds in turn"
+    )
+    head = ["", "ms a step", "quartiles", "relative", "attention pairs", "error", "best peer at this time or more"]
+    cells = []
+    for name, t in sorted(timing["subjects"].items(), key=lambda item: item[1]["relative"]):
+        quartiles = f"{1e3 * t['q1']:.4g} to {1e3 * t['q3']:.4g}"
+        figures = [f"{1e3 * t['seconds']:.4g}", quartiles, f"{t['relative']:.3f}", f"{t['attention_pairs']:.1%}"]
+        error = write_figure(report.rows[name], QUALITY[0])
+        cells.append([name, *figures, error, say_equal(equal.get(name))])
+    return title, head, cells
+
+
+def say_equal(against: dict | None) -> str:
+    """The last cell of a row of times: which peer is the best at this time or more, and who has less error."""
+    if against is None:
+        return ""
+    if against["best"] is None:
+        return "none takes as long"
+    return f"{against['best']}: has {'more' if against['better'] else 'less'} error"
+
+
+def draw_plots(report: Report) -> dict[str, tuple[str, bytes]]:
+    """Caption and PNG by file name: rows of pictures, time against error, error by timestep."""
+    plots = {"evaluation.png": ("The same prompts and seeds in every column", draw_sheet(report.sheet))}
+    for timing in report.timing:
+        points = [
+            Point(*report.families[name], t["relative"], report.rows[name]["error mean"])
+            for name, t in timing["subjects"].items()
+            if report.rows[name].get("error mean")
+        ]
+        if points:
+            size = f"{timing['size']}x{timing['size']}"
+            title = f"Error against the time of a UNet step at {size} ({timing['architecture']})"
+            png = draw_points(points, title, "time of a step, the teacher's is 1", "error of the prediction", mark=1.0)
+            plots[f"pareto-{timing['size']}.png"] = (title, png)
+    lines = [
+        Point(name, "", (low + high) / 2, report.rows[name][f"error {low}-{high}"])
+        for name in choose_lines(report)
+        for low, high in BANDS
+    ]
+    if lines:
+        title = "Error by timestep"
+        plots["timesteps.png"] = (title, draw_points(lines, title, "timestep", "error of the prediction"))
+    return plots
+
+
+def choose_lines(report: Report) -> list[str]:
+    """All forms of DHA and the first member of every other family: more lines than that cannot be told apart."""
+    first = {family: name for name, (family, _) in reversed(report.families.items())}
+    named = [name for name in report.families if family_is_ours(report, name) or name in first.values()]
+    return [name for name in named if report.rows[name].get("error mean")]
+
+
+def describe_settings(report: Report) -> str:
+    """Set-up in one paragraph."""
+    s, r = report.settings, report.record
+    return (
+        f"{s['teacher']} ({s['architecture']}, {s['prediction']} prediction), held-out pairs {s['held_out_pairs']}, "
+        f"{s['size']}x{s['size']}, {s['sampler']}, {s['steps']} steps, cfg {s['cfg']:g}, {s['dtype']}, "
+        f"on {r['hardware']}; torch {r['torch']}, ComfyUI {r['comfyui']}, commit {r['commit']}."
+    )
+
+
+def to_markdown(report: Report, tables: list, plots: dict[str, tuple[str, bytes]]) -> str:
+    """Set-up, tables, plots and what was left out."""
+    lines = ["# Evaluation", "", describe_settings(report), "", f"`{report.record['command']}`", "", DEFINITIONS]
+    for title, head, cells in tables:
+        lines += ["", f"## {title}", "", f"| {' | '.join(head)} |", "|---" + "|---:" * (len(head) - 1) + "|"]
+        lines += [f"| {' | '.join(row)} |" for row in cells]
+    lines += ["", *(f"![{caption}]({name})\n" for name, (caption, _) in plots.items())]
+    if report.missing:
+        lines += ["Left out: " + "; ".join(f"{name} ({why})" for name, why in report.missing.items()) + "."]
+    return "\n".join(lines) + "\n"
+
+
+def to_html(report: Report, tables: list, plots: dict[str, tuple[str, bytes]]) -> str:
+    """One page that needs no other file."""
+    loader = FileSystemLoader(Path(__file__).parent)
+    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
+    pictures = [(caption, base64.b64encode(png).decode()) for caption, png in plots.values()]
+    return environment.get_template("report.html.j2").render(
+        settings=describe_settings(report),
+        command=report.record["command"],
+        definitions=DEFINITIONS,
+        tables=tables,
+        pictures=pictures,
+        missing=report.missing,
+    )
+
+
+def write_report(report: Report, out: Path) -> list[Path]:
+    """Write evaluation.json, .md, .html and the plots into a folder; the files that were written."""
+    document = to_document(report)
+    tables, plots = list_tables(report, document), draw_plots(report)
+    files = {name: png for name, (_, png) in plots.items()}
+    files["evaluation.json"] = json.dumps(document, indent=1, allow_nan=False).encode()
+    files["evaluation.md"] = to_markdown(report, tables, plots).encode()
+    files["evaluation.html"] = to_html(report, tables, plots).encode()
+    out.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        write_whole(out / name, content)
+    return [out / name for name in files]

@@ -1,0 +1,79 @@
+"""Seconds of one UNet step of every subject: all in one process, in turn, round by round."""
+
+import time
+from collections.abc import Sequence
+from statistics import median, quantiles
+
+import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
+from tqdm import tqdm
+
+from .host import Teacher
+from .subject import Running, Subject
+
+LAP = 0.2  # seconds: shorter steps are timed several at once
+MOST_STEPS = 50
+
+
+class PairCounter(TorchFunctionMode):
+    """Counts pairs of query and key in PyTorch's fused attention while it is entered; heads are not counted."""
+
+    def __init__(self):
+        super().__init__()
+        self.pairs = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is F.scaled_dot_product_attention:
+            self.pairs += args[0].shape[0] * args[0].shape[-2] * args[1].shape[-2]
+        return func(*args, **(kwargs or {}))
+
+
+def wait(device: torch.device) -> None:
+    """Until the work queued on a CUDA device is done; a CPU has none."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@torch.inference_mode()
+def time_subjects(teacher: Teacher, subjects: Sequence[Subject], size: int, batch: int, rounds: int) -> dict[str, dict]:
+    """Per subject: `seconds` a step with quartiles, `relative` to the first subject, and its `attention_pairs`.
+
+    Medians over rounds, after an uncounted step each; `relative` is that of laps of the same round, pairs of query and
+    key are a share of the first subject's in all attentions. `size` in pixels, `batch` rows of a UNet call.
+    """
+    side = size // 8
+    generator = torch.Generator().manual_seed(1)
+    latents = torch.randn(batch, 4, side, side, generator=generator).to(teacher.device)
+    context = torch.randn(batch, 77, teacher.architecture.context, generator=generator).to(teacher.device)
+    t = torch.full((batch,), 500, device=teacher.device)
+    runs = {subject.name: Running(teacher, subject, side) for subject in subjects}
+    pairs = {}
+    for name, running in runs.items():
+        with PairCounter() as counter:
+            running.predict(latents, t, context)
+        pairs[name] = counter.pairs
+
+    def lap(running: Running, steps: int) -> float:
+        wait(teacher.device)
+        start = time.perf_counter()
+        for _ in range(steps):
+            running.predict(latents, t, context)
+        wait(teacher.device)
+        return (time.perf_counter() - start) / steps
+
+    first = next(iter(runs.values()))
+    steps = min(MOST_STEPS, max(1, round(LAP / lap(first, 1))))
+    laps: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in tqdm(range(rounds), desc=f"time at {size}", leave=False):
+        for name, running in runs.items():
+            laps[name].append(lap(running, steps))
+    base = laps[subjects[0].name]
+    return {name: describe(laps[name], base, pairs[name] / pairs[subjects[0].name]) for name in runs}
+
+
+def describe(laps: list[float], base: list[float], pairs: float) -> dict[str, float]:
+    """Medians and quartiles of one subject's laps beside those of the unpatched teacher."""
+    low, _, high = quantiles(laps, n=4, method="inclusive") if len(laps) > 1 else laps * 3
+    ratio = median(own / first for own, first in zip(laps, base, strict=True))
+    return {"seconds": median(laps), "q1": low, "q3": high, "relative": ratio, "attention_pairs": pairs}

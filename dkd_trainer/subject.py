@@ -1,0 +1,88 @@
+"""What is evaluated: the teacher as it is, the teacher a little disturbed, students, and their peers."""
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from .host import Teacher
+
+# `transformer_options` for a teacher and a side of the finest level in tokens: peers are stated as shares of it
+Build = Callable[[Teacher, int], dict]
+
+
+def build_nothing(_teacher: Teacher, _side: int) -> dict:
+    """The teacher as it is."""
+    return {}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A named way to run a teacher's UNet.
+
+    `family` groups the points of one line in the plot, where a point is marked with `label`; `identity` says what
+    decides the result beside the name and the teacher; `attributes` are plain values of the UNet's modules to change by
+    path, such as a norm's number of groups.
+    """
+
+    name: str
+    family: str
+    build: Build = build_nothing
+    label: str = ""
+    identity: str = ""
+    steps: int | None = None
+    seed: int = 11
+    dtype: torch.dtype | None = None
+    attributes: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def key(self) -> dict[str, object]:
+        """Everything about a subject that decides what is measured of it."""
+        values = {"name": self.name, "identity": self.identity, "steps": self.steps, "seed": self.seed}
+        return values | {"dtype": str(self.dtype), "attributes": dict(self.attributes)}
+
+    @property
+    def is_teacher(self) -> bool:
+        """Whether it predicts what the teacher predicts, to the bit."""
+        return self.build is build_nothing and self.dtype is None
+
+
+class Running:
+    """A subject on a teacher: its patches are built, and the weights are copied where the precision differs."""
+
+    def __init__(self, teacher: Teacher, subject: Subject, side: int):
+        self.subject, self.options = subject, subject.build(teacher, side)
+        self.dtype = subject.dtype or torch.float32
+        self.unet = teacher.unet if subject.dtype is None else copy.deepcopy(teacher.unet).to(subject.dtype)
+
+    def predict(self, latents: Tensor, t: Tensor, context: Tensor) -> Tensor:
+        """The raw prediction (B, 4, h, w) in fp32 of noisy latents at timesteps t (B,) for context (B, 77, C)."""
+        inputs = {"context": context.to(self.dtype), "transformer_options": dict(self.options)}
+        with changed_attributes(self.unet, self.subject.attributes):
+            return self.unet(latents.to(self.dtype), t.float(), **inputs).float()
+
+
+@contextmanager
+def changed_attributes(module: nn.Module, values: Mapping[str, int]) -> Iterator[None]:
+    """Set plain attributes of submodules by path, and set them back in the end."""
+    places = [(module.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2]) for path in values]
+    before = [getattr(owner, name) for owner, name in places]
+    try:
+        for (owner, name), value in zip(places, values.values(), strict=True):
+            setattr(owner, name, value)
+        yield
+    finally:
+        for (owner, name), value in zip(places, before, strict=True):
+            setattr(owner, name, value)
+
+
+def list_null_band(steps: int) -> list[Subject]:
+    """Changes of the teacher that nobody minds, and as the far end another seed."""
+    return [
+        Subject("teacher, bf16", "null", dtype=torch.bfloat16),
+        Subject(f"teacher, {steps * 4 // 5} steps", "null", steps=steps * 4 // 5),
+        Subject("teacher, another seed", "far end", seed=12),
+    ]
