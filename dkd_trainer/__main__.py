@@ -1,7 +1,10 @@
-"""`python -m dkd_trainer`: distil a student from a teacher checkpoint and a folder of pictures with prompts."""
+"""`python -m dkd_trainer`: distil a student from a teacher checkpoint and a folder of pictures with prompts.
+
+`python -m dkd_trainer evaluate ...` and `python -m dkd_trainer import ...` are the other commands.
+"""
 
 import argparse
-import signal
+import importlib
 import sys
 from pathlib import Path
 
@@ -9,6 +12,8 @@ from .fields import SettingsError
 from .host import ensure_comfy
 from .journal import Journal
 from .settings import Settings, assemble_settings, list_presets, parse_override
+
+COMMANDS = {"evaluate": "evaluate", "import": "import_student"}  # modules with a `main` of their own
 
 
 def read_arguments(arguments: list[str]) -> argparse.Namespace:
@@ -76,7 +81,7 @@ def read_settings(args: argparse.Namespace) -> Settings:
 
 def train(settings: Settings, dry_run: bool) -> None:
     """Load teacher and data and train, or try it."""
-    from .corpus import open_corpus
+    from .batches import open_pairs
     from .host import Teacher
     from .loop import train_student
     from .processes import Processes
@@ -87,19 +92,20 @@ def train(settings: Settings, dry_run: bool) -> None:
     if dry_run:
         return rehearse(teacher, settings, processes)
     corpora = [
-        open_corpus(source, teacher, settings.work, settings.data.size) if source else None
+        open_pairs(source, teacher, settings, not processes.is_first) if source else None
         for source in (settings.data.path, settings.data.held_out)
     ]
     if processes.is_first:
-        for line in corpora[0].skipped:
-            print(f"skipped {line}")
-        print(f"{len(corpora[0])} pairs, {teacher.architecture.label}, {teacher.prediction} prediction")
+        print(f"{corpora[0].describe()}; {teacher.architecture.label}, {teacher.prediction} prediction")
     train_student(teacher, corpora[0], settings, processes, corpora[1])
     if processes.is_first:
         print(f"wrote {settings.out}")
 
 
 def main() -> None:
+    """Another command's main, or a training."""
+    if sys.argv[1:2] and sys.argv[1] in COMMANDS:
+        return importlib.import_module(f".{COMMANDS[sys.argv[1]]}", __package__).main(sys.argv[2:])
     args = read_arguments(sys.argv[1:])
     settings = read_settings(args)
     ensure_comfy(args.comfyui)
@@ -120,6 +126,6 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        sys.exit(f"stopped before the first step; the same command starts again ({signal.SIGINT.name})")
+        sys.exit("stopped outside of a training; the same command goes on")
     except (OSError, ValueError, FloatingPointError) as error:
         sys.exit(f"dkd_trainer: {error}")

@@ -1,120 +1,154 @@
-"""`python -m dkd_trainer.ablation`: what each part of the hybrid context is worth, on held-out pairs."""
+"""`python -m dkd_trainer.ablation`: what each stage and each part is worth, at equal cost and equal training time."""
 
 import argparse
-import dataclasses
+import hashlib
 import json
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
-import torch
+from dha.config import DHAConfig
+from dha.sites import SITES
 
-from .host import ROOT, Teacher, ensure_comfy
+from .ablation_rows import GROUPS, TrainedRow, list_context_rows, list_part_rows, list_stage_rows
+from .attention_cost import count_cost, count_full
+from .cache import write_whole
+from .comparison import Comparison, add_arguments
+from .corpus import open_corpus
+from .host import Teacher, ensure_comfy
+from .loop import train_student
+from .pace import plan_steps
+from .report import write_report
+from .settings import Settings, assemble_settings, parse_override
+from .state import TrainingStopped
+from .students import describe, read_students, training_free
+from .subject import list_null_band
+
+NOTE = (
+    "Every trained row was given the same time, in steps by the measured pace of its stages. Attention cost: multiply-adds "
+    "of a replaced layer of the finest level, as a share of the teacher's; official has the sparsity that costs as much."
+)
 
 
-def read_arguments() -> argparse.Namespace:
+def read_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    teacher = ROOT / "workflows" / "models" / "checkpoints" / "mini-sd21.safetensors"
     parser = argparse.ArgumentParser(prog="python -m dkd_trainer.ablation", description=__doc__)
-    parser.add_argument("--teacher", type=Path, default=teacher)
+    add_arguments(parser)
     parser.add_argument("--data", type=Path, required=True, help="folder of training pairs")
-    parser.add_argument("--held-out", type=Path, required=True, help="folder of held-out pairs")
-    parser.add_argument("--count", type=int, default=256)
-    parser.add_argument("--size", type=int, default=128)
-    parser.add_argument("--levels", type=int, nargs="+", default=[0])
-    parser.add_argument(
-        "--transfer-steps", type=int, default=200, help="stage-1 steps of every trained row; 0 leaves them out"
-    )
-    parser.add_argument("--imitation-steps", type=int, default=0)
+    parser.add_argument("--seconds", type=float, default=600, help="of training for every row (%(default)s)")
+    parser.add_argument("--groups", nargs="+", choices=GROUPS, default=["stages"], help="of rows (stages)")
     parser.add_argument("--only", nargs="+", help="names of trained rows to run")
-    parser.add_argument("--comfyui")
-    parser.add_argument("--out", type=Path, required=True)
-    return parser.parse_args()
+    parser.add_argument("--preset", default="mini", help="settings that the rows vary (%(default)s)")
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="one setting for all rows")
+    return parser.parse_args(arguments)
 
 
-def list_training_free(teacher: Teacher, levels: tuple[int, ...]) -> dict[str, dict]:
-    """`transformer_options` of every row that needs no training, by name."""
-    from .contexts import builder_options, grid_and_chosen, pool_keys, removed_options, stride_keys, window_options
-
-    builders = {f"strided by {s}": stride_keys(s) for s in (2, 3, 4)}
-    builders |= {f"pooled by {s}": pool_keys(s) for s in (2, 3, 4)}
-    builders |= {
-        "strided 4 + 6 % random, unweighted": grid_and_chosen(4, 0.0625, "random", weighted=False),
-        "strided 4 + 6 % by mass, unweighted": grid_and_chosen(4, 0.0625, "mass", weighted=False),
-        "strided 4 + 6 % random, weighted": grid_and_chosen(4, 0.0625, "random"),
-        "strided 4 + 6 % by mass, weighted": grid_and_chosen(4, 0.0625, "mass"),
-        "strided 3 + 12 % by mass, weighted": grid_and_chosen(3, 0.125, "mass"),
-    }
-    rows = {"attention removed": removed_options(levels)}
-    rows |= {f"windows {s}x{s}": window_options(s, levels) for s in (8, 4)}
-    return rows | {name: builder_options(teacher, builder, levels) for name, builder in builders.items()}
+def list_rows(args: argparse.Namespace, student: DHAConfig, side: int, channels: int) -> list[TrainedRow]:
+    """The trained rows asked for; raises ValueError for an unknown name."""
+    stages = list_stage_rows(student, args.preset, side, channels) if "stages" in args.groups else []
+    parts = list_part_rows(student, args.preset) if "parts" in args.groups else []
+    rows = [*stages, *parts]
+    if unknown := sorted(set(args.only or ()) - {row.name for row in rows}):
+        raise ValueError(f"there is no row {unknown[0]!r}; the rows are {', '.join(repr(row.name) for row in rows)}")
+    return [row for row in rows if not args.only or row.name in args.only]
 
 
-def list_trained(levels: tuple[int, ...]) -> dict:
-    """Configurations of the trained rows, by name, at one budget unless the name says otherwise."""
-    from dha.config import DHAConfig
-
-    full = DHAConfig(levels=levels, token_budget=0.125, memory=8, rank=8, router_width=32)
-    change = dataclasses.replace
-    return {
-        "all parts": full,
-        "no memory": change(full, memory=0),
-        "no deltas": change(full, rank=0),
-        "no router": change(full, router_width=0),
-        "deltas alone": change(full, router_width=0, memory=0),
-        "deltas q, k, v": change(full, deltas=("q", "k", "v")),
-        "deltas k, v, out": change(full, deltas=("k", "v", "out")),
-        "rank 16": change(full, rank=16),
-        "weighted": change(full, weighted=True),
-        "grid 3/4 of the keys": change(full, coarse_share=0.75),
-        "all keys routed": change(full, coarse_share=0.0),
-    }
+def row_settings(args: argparse.Namespace, row: TrainedRow) -> Settings:
+    """A row's settings; its steps and its file are not planned yet."""
+    overrides = [
+        *(parse_override(text) for text in args.set),
+        ("data.size", args.size),
+        ("output.file", str(args.out / "students" / f"{row.stem}.safetensors")),
+        ("watch.validate_every", 0),
+        ("watch.sheet_every", 0),
+        *row.overrides,
+    ]
+    return assemble_settings(row.preset, None, overrides)
 
 
-def main() -> None:
-    args = read_arguments()
-    ensure_comfy(args.comfyui)
-    from .batches import TensorCorpus
-    from .evaluate import to_markdown, write_text
-    from .evaluation import Subject, measure_errors
-    from .imitation import student_options
-    from .loop import train_student
-    from .pairs import find_pairs, load_encoded
-    from .record import current_command, current_commit
-    from .settings import assemble_settings
+def name_run(settings: Settings, *more: object) -> str:
+    """A short hash of what decides a student."""
+    return hashlib.sha256(json.dumps([settings.describe_run(), *more]).encode()).hexdigest()[:8]
 
-    levels = tuple(args.levels)
-    teacher = Teacher(args.teacher, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    held_out, _ = load_encoded(find_pairs(args.held_out)[0][: args.count], args.size, teacher, args.out / "cache")
-    rows = {}
 
-    def measure(name: str, options: dict) -> None:
-        rows[name] = measure_errors(teacher, Subject(name, options), held_out)
-        print(f"{name}: {rows[name]['mean']:.4f}", flush=True)
+def plan_row(args: argparse.Namespace, row: TrainedRow, comparison: Comparison, corpus) -> Settings:
+    """A row's settings with as many steps of each stage as the time allows, measured once and then kept."""
+    settings, teacher = row_settings(args, row), comparison.teacher
+    pairs = len(corpus)
+    plan = args.out / "plans" / f"{row.stem}-{name_run(settings, args.seconds, row.shares, pairs)}.json"
+    if not plan.is_file():
+        steps = plan_steps(teacher, corpus, settings, args.seconds, row.shares)
+        plan.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(plan, json.dumps(steps).encode())
+    parts = {name: replace(getattr(settings, name), steps=n) for name, n in json.loads(plan.read_text()).items()}
+    planned = replace(settings, **parts)
+    stem = f"{row.stem}-{name_run(planned, teacher.fingerprint, pairs)}"
+    return replace(planned, output=replace(planned.output, file=str(planned.out.with_stem(stem))))
 
-    for name, options in list_training_free(teacher, levels).items():
-        measure(name, options)
-    if args.transfer_steps:
-        pairs, _ = load_encoded(find_pairs(args.data)[0], args.size, teacher, args.out / "cache")
-        for name, config in list_trained(levels).items():
-            if args.only and name not in args.only:
-                continue
-            stem = name.replace(" ", "-").replace("/", "-").replace(",", "")
-            settings = assemble_settings(
-                overrides=[
-                    *((f"student.{field}", value) for field, value in dataclasses.asdict(config).items()),
-                    ("transfer.steps", args.transfer_steps),
-                    ("imitation.steps", args.imitation_steps),
-                    ("train.batch", 32),
-                    ("data.size", args.size),
-                    ("output.file", str(args.out / f"{stem}.safetensors")),
-                    ("watch.validate_every", 0),
-                    ("watch.sheet_every", 0),
-                ]
-            )
-            student = train_student(teacher, TensorCorpus(pairs), settings)
-            measure(f"trained {args.transfer_steps}+{args.imitation_steps}: {name}", student_options(student))
-    record = {"command": current_command("dkd_trainer.ablation"), "commit": current_commit()}
-    write_text(args.out / "ablation.json", json.dumps({**record, "pairs": args.count, "rows": rows}, indent=1))
-    write_text(args.out / "ablation.md", to_markdown(rows))
+
+def train_row(settings: Settings, teacher: Teacher, corpus) -> dict[str, float]:
+    """Train a row's student, unless it is there already; what it cost."""
+    record = settings.out.with_suffix(".json")
+    if not record.is_file():  # it is written last
+        train_student(teacher, corpus, settings)
+    found = json.loads(record.read_text())
+    return {"train_seconds": found["seconds"], "train_steps": float(found["steps"])}
+
+
+def measure_row(row: TrainedRow, file: Path, comparison: Comparison) -> DHAConfig:
+    """Measure a row's student under the row's name; its configuration."""
+    student = read_students([file], comparison.teacher)[file]
+    budget = None if student.config.mode == "official" else student.config.token_budget
+    subject = describe(file, student, budget)
+    comparison.measure(replace(subject, name=row.name, family=row.family, label=row.name))
+    return student.config
+
+
+def run_ablation(args: argparse.Namespace) -> list[Path]:
+    """Train and measure what is not there yet, and write the report; its files."""
+    comparison = Comparison(args)
+    teacher, student = comparison.teacher, common_student(args)
+    corpus = open_corpus(args.data, teacher, args.out / "cache", args.size)
+    level = min(student.levels)
+    side = -(-args.size // 8 >> level)
+    channels = next(teacher.architecture.channels[site.name] for site in SITES if site.level == level)
+    rows = list_rows(args, student, side, channels)
+    configs = {(free := training_free(student.levels, student.token_budget)).name: DHAConfig.from_json(free.identity)}
+    contexts = list_context_rows(student.levels) if "contexts" in args.groups else []
+    for subject in [*list_null_band(args.steps), free, *contexts]:
+        comparison.measure(subject)
+    files = []
+    for row in rows:
+        settings = plan_row(args, row, comparison, corpus)
+        spent = train_row(settings, teacher, corpus)
+        files.append(settings.out)
+        configs[row.name] = measure_row(row, settings.out, comparison)
+        comparison.rows[row.name] |= spent
+    full = count_full(side * side, channels)
+    for name, config in configs.items():
+        comparison.rows[name]["attention_cost"] = count_cost(config, side, channels) / full
+    return write_report(comparison.report("dkd_trainer.ablation", files, NOTE), args.out, "ablation")
+
+
+def common_student(args: argparse.Namespace) -> DHAConfig:
+    """The student that the rows vary."""
+    return assemble_settings(args.preset, None, [parse_override(text) for text in args.set]).student
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    args = read_arguments(arguments)
+    try:
+        ensure_comfy(args.comfyui)
+        for path in run_ablation(args):
+            print(f"wrote {path}")
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command goes on from here")
+    except TrainingStopped as stopped:
+        print(stopped, file=sys.stderr)
+        sys.exit(128 + stopped.signal_number)
+    except (OSError, ValueError, ImportError, FloatingPointError) as error:
+        sys.exit(f"dkd_trainer.ablation: {error}")
 
 
 if __name__ == "__main__":

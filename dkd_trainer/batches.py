@@ -9,7 +9,11 @@ from torch import Tensor
 
 from dha.student import Student
 
+from .corpus import open_corpus
 from .diffusion import add_noise
+from .drawing import Drawing
+from .encoder import Effort
+from .host import Teacher
 from .settings import Settings
 
 
@@ -23,6 +27,23 @@ class Corpus(Protocol):
 
     def read(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Latents (B, 4, h, w) and contexts (B, 77, C), fp32, of samples of one bucket."""
+
+
+def open_pairs(source: str, teacher: Teacher, settings: Settings, quiet: bool = False, limit: int | None = None):
+    """The `corpus.Corpus` of a source with a run's settings, its first `limit` pairs; raises DataError."""
+    data = settings.data
+    return open_corpus(
+        source,
+        teacher,
+        settings.cache,
+        data.size,
+        step=data.bucket_step,
+        max_ratio=data.max_ratio,
+        min_side=data.min_side or None,
+        limit=limit,
+        drawing=Drawing(data.draw_steps, data.draw_guidance, data.draw_seed),
+        effort=Effort(quiet=quiet),
+    )
 
 
 class TensorCorpus:
@@ -72,16 +93,17 @@ class Batch:
 
 
 class Sampler:
-    """Draws steps from a corpus; `excluded` samples are left for validation.
+    """Draws steps from a corpus; `excluded` samples are left for validation. Without a student there is no key budget.
 
     Raises ValueError when the budget replaces nothing at one of the corpus's sizes.
     """
 
-    def __init__(self, corpus: Corpus, settings: Settings, student: Student, excluded: Sequence[int] = ()):
+    def __init__(self, corpus: Corpus, settings: Settings, student: Student | None, excluded: Sequence[int] = ()):
         self.corpus, self.settings, kept_out = corpus, settings, set(excluded)
         buckets = {size: [i for i in members if i not in kept_out] for size, members in corpus.buckets.items()}
         self.buckets = {size: members for size, members in sorted(buckets.items()) if members}
-        self.budgets = {size: list_budgets(student, *size, settings.train.budgets) for size in self.buckets}
+        factors = settings.train.budgets
+        self.budgets = {size: list_budgets(student, *size, factors) if student else [1.0] for size in self.buckets}
         counts = [len(members) for members in self.buckets.values()]
         self.ends = torch.tensor(counts).cumsum(0)
 

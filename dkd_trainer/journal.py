@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .record import write_whole
+from .cache import write_whole
 
 
 class Journal:

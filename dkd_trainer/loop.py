@@ -16,12 +16,13 @@ from dha.checkpoint import save_student
 from dha.student import Student
 
 from .batches import Batch, Corpus, Sampler
+from .cache import write_whole
 from .fields import SettingsError
 from .host import Teacher
 from .journal import Board, Journal
 from .official import start_student
 from .processes import Processes
-from .record import current_command, current_commit, list_versions, write_whole
+from .record import current_command, current_commit, list_versions
 from .settings import Settings
 from .sheets import Examination, save_picture, set_aside
 from .stages import Balance, Stage, find_stage, list_stages
@@ -56,12 +57,10 @@ class Training:
         held_out: Corpus | None = None,
     ):
         self.teacher, self.corpus, self.settings, self.processes = teacher, corpus, settings, processes
-        self.stages = list_stages(settings)
+        self.stages = self.list_stages()
         torch.manual_seed(settings.train.seed)
-        parts = settings.student, teacher.architecture
-        self.student = start_student(Student(*parts, head_width=teacher.head_width), teacher).to(teacher.device)
-        self.average = Student(*parts, head_width=teacher.head_width).to(teacher.device).requires_grad_(False)
-        self.average.load_state_dict(self.student.state_dict())
+        self.student, self.average = (self.build_student().to(teacher.device) for _ in range(2))
+        self.average.requires_grad_(False).load_state_dict(self.student.state_dict())
         self.parameters = list(self.student.parameters())
         if not self.parameters:
             raise SettingsError("the student has no trained parts; set student.memory, student.rank or .router_width")
@@ -70,13 +69,21 @@ class Training:
         watch = settings.watch
         watched = held_out is None and (watch.validate_every or watch.sheet_every)
         aside = set_aside(corpus, watch.pairs, settings.train.seed) if watched else []
-        self.sampler = Sampler(corpus, settings, self.student, aside)
+        self.sampler = Sampler(corpus, settings, self.student if isinstance(self.student, Student) else None, aside)
         self.examination = self.prepare_examination(held_out, aside)
         self.states = StateFolder(settings.work, settings.output.keep)
         self.journal = Journal(settings.work / "journal.jsonl")
         self.losses: dict[str, float] = {}
         self.errors: dict[str, float] = {}
         self.seconds = self.waited = 0.0
+
+    def list_stages(self) -> list[Stage]:
+        return list_stages(self.settings)
+
+    def build_student(self) -> nn.Module:
+        """What is trained, fresh."""
+        student = Student(self.settings.student, self.teacher.architecture, head_width=self.teacher.head_width)
+        return start_student(student, self.teacher)
 
     def prepare_examination(self, held_out: Corpus | None, aside: list[int]) -> Examination | None:
         """The pairs that the student is looked at with, or None where there are too few."""

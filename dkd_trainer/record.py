@@ -1,6 +1,5 @@
-"""What a result has to name beside it, the command, the commit and the versions, and how its file is written."""
+"""What a result has to name beside it: the command, the commit and the versions that made it."""
 
-import os
 import shlex
 import subprocess
 import sys
@@ -34,14 +33,3 @@ def list_versions() -> dict[str, str]:
         except PackageNotFoundError:
             found[name] = "missing"
     return found
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Replace a file at once, so that a kill leaves the old one or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_bytes(content)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from .corpus import open_corpus
+from .batches import open_pairs
 from .host import Teacher
 from .loop import Training
 from .processes import Processes
@@ -17,14 +17,16 @@ from .settings import Settings
 from .stages import Stage
 
 TRIES = 2  # steps per stage; the first one warms up
+LIMIT = 32  # pairs that are encoded
 
 
 def rehearse(teacher: Teacher, settings: Settings, processes: Processes) -> None:
     """Try `settings` in a folder that is deleted afterwards, and print shapes, sizes, speed and time to finish."""
     with tempfile.TemporaryDirectory() as folder:
         output = dataclasses.replace(settings.output, work=folder, file=str(Path(folder) / settings.out.name))
-        trial = dataclasses.replace(settings, output=output)
-        corpus = open_corpus(settings.data.path, teacher, Path(folder), settings.data.size)
+        data = dataclasses.replace(settings.data, cache="")
+        trial = dataclasses.replace(settings, output=output, data=data)
+        corpus = open_pairs(settings.data.path, teacher, trial, not processes.is_first, LIMIT)
         training = Training(teacher, corpus, trial, processes)
         lines = describe_training(training)
         forward, left = time_teacher(training), 0.0
@@ -44,7 +46,7 @@ def describe_training(training: Training) -> list[str]:
     """Lines about data, shapes and trainable parts."""
     corpus, teacher = training.corpus, training.teacher
     count = sum(parameter.numel() for parameter in training.parameters)
-    lines = [f"{len(corpus)} pairs, {teacher.architecture.label}, {teacher.prediction} prediction"]
+    lines = [f"{len(corpus)} pairs tried, {teacher.architecture.label}, {teacher.prediction} prediction"]
     for (height, width), members in training.sampler.buckets.items():
         shape = (training.settings.train.batch, 4, height, width)
         budgets = ", ".join(f"{budget:g}" for budget in training.sampler.budgets[height, width])

@@ -29,11 +29,23 @@ class TeacherSettings:
 
 @dataclasses.dataclass(frozen=True)
 class DataSettings:
-    """Where the pairs are; `size` is the side of the pictures in pixels, `held_out` a folder for validation alone."""
+    """Where the pairs are, as `corpus.open_corpus` takes them, and how they are cut.
+
+    `size` is the side of the pictures in pixels. With `max_ratio` above 1 other shapes of that area count too, their
+    sides multiples of `bucket_step`. `min_side` 0 means half of `size`. `held_out` is a source for validation alone,
+    `cache` (in the work folder if empty) keeps what was encoded. `draw_*` is for prompts without pictures.
+    """
 
     path: str = text()
     size: int = whole(512, 64)
+    max_ratio: float = real(1.0, 1.0, 8.0)
+    bucket_step: int = whole(64, 8)
+    min_side: int = whole(0)
     held_out: str = text()
+    cache: str = text()
+    draw_steps: int = whole(25, 1)
+    draw_guidance: float = real(7.5)
+    draw_seed: int = whole(0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,6 +157,10 @@ class Settings:
         return Path(self.output.work) if self.output.work else self.out.parent / f"{self.out.stem}.work"
 
     @property
+    def cache(self) -> Path:
+        return Path(self.data.cache) if self.data.cache else self.work / "cache"
+
+    @property
     def teacher_file(self) -> Path:
         return Path(self.teacher.file) if self.teacher.file else SHIPPED_TEACHER
 
@@ -158,7 +174,8 @@ class Settings:
         kept = {name: values[name] for name in ("student", "transfer", "imitation", "quality", "train")}
         for name in ("device", "accumulation", "checkpointing"):
             del kept["train"][name]
-        return {**kept, "data": {"size": self.data.size}}
+        framing = {name: values["data"][name] for name in ("size", "max_ratio", "bucket_step", "min_side")}
+        return {**kept, "data": framing}
 
 
 def default_tables() -> dict[str, Any]:

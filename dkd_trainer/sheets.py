@@ -10,11 +10,11 @@ from torch import Tensor
 from dha.student import Student
 
 from .batches import Corpus
+from .cache import write_whole
 from .diffusion import add_noise, sample_euler, to_noise
 from .evaluation import BANDS
 from .host import Teacher
 from .imitation import student_options
-from .record import write_whole
 from .settings import WatchSettings
 
 STEPS = 25
@@ -80,4 +80,5 @@ def save_picture(path: Path, picture: Tensor) -> None:
     array = (picture * 255).round().byte().permute(1, 2, 0).contiguous().numpy()
     content = io.BytesIO()
     Image.fromarray(array).save(content, format="PNG")
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, content.getvalue())

@@ -1,0 +1,163 @@
+"""The trainer as a process: killed, asked to stop, and shared out over two processes."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from dha.checkpoint import load_student
+
+ROOT = Path(__file__).resolve().parent.parent
+RUN = """--size 128 --levels 0 --memory 4 --rank 4 --router 16 --transfer-steps 6 --imitation-steps 6 --quality-steps 4
+    --batch 4 --device cpu --set train.accumulation=2 --set imitation.blocks=0.5 --set watch.validate_every=0
+    --set watch.sheet_every=0 --set watch.log_every=1 --set output.save_every=2"""
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A data set of four pictures, and the cache that all runs share."""
+    folder = tmp_path_factory.mktemp("pairs")
+    for number, colour in enumerate(("red", "green", "blue", "yellow")):
+        Image.new("RGB", (128, 128), colour).save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text(f"{colour} picture")
+    return ["--data", str(folder), "--set", f"data.cache={tmp_path_factory.mktemp('cache')}"]
+
+
+@pytest.fixture
+def command(studio, source):
+    """A training's command; every run writes a student of its own name."""
+
+    def build(out, *more, start=(sys.executable, "-m", "dkd_trainer")):
+        return [*start, "--teacher", str(studio.checkpoint), "--out", str(out), *source, *RUN.split(), *more]
+
+    return build
+
+
+def launch(command, **settings):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, **settings}
+    return subprocess.Popen(command, cwd=ROOT, env=environment, **options)
+
+
+def finish(command):
+    process = launch(command)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    return output
+
+
+def read_steps(out):
+    journal = out.parent / f"{out.stem}.work" / "journal.jsonl"
+    lines = journal.read_text().splitlines() if journal.exists() else []
+    entries = [json.loads(line) for line in lines if line.endswith("}")]
+    return {entry["step"]: entry["losses"] for entry in entries if entry["event"] == "step"}
+
+
+def interrupt(command, out, number, after):
+    """Start a training, send it a signal once it has done `after` steps; returns what it printed, and its status."""
+    process = launch(command)
+    deadline = time.monotonic() + 240
+    while after not in read_steps(out):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline, "the training does not get on"
+        time.sleep(0.01)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=120)
+    return output, process.returncode
+
+
+def load_weights(out):
+    return load_student(out).named_weights()
+
+
+@pytest.fixture(scope="module")
+def whole(studio, source, tmp_path_factory):
+    """An undisturbed run's student."""
+    out = tmp_path_factory.mktemp("whole") / "whole.safetensors"
+    finish([sys.executable, "-m", "dkd_trainer", "--teacher", str(studio.checkpoint), "--out", str(out), *source, *RUN.split()])
+    return out
+
+
+def test_a_killed_training_goes_on_to_the_same_student_to_the_bit(command, whole, tmp_path):
+    out = tmp_path / "killed.safetensors"
+    _, status = interrupt(command(out), out, signal.SIGKILL, after=3)
+    assert status == -signal.SIGKILL and not out.exists()
+    _, status = interrupt(command(out), out, signal.SIGKILL, after=9)
+    assert status == -signal.SIGKILL and not out.exists()
+    finish(command(out))
+    assert all(torch.equal(tensor, load_weights(whole)[name]) for name, tensor in load_weights(out).items())
+    assert read_steps(out) == read_steps(whole)
+
+
+def test_a_training_that_is_asked_to_stop_saves_says_so_and_loses_nothing(command, whole, tmp_path):
+    out = tmp_path / "stopped.safetensors"
+    output, status = interrupt(command(out), out, signal.SIGTERM, after=5)
+    assert status == 128 + signal.SIGTERM
+    done = max(read_steps(out))
+    assert output.splitlines()[-1] == f"stopped at step {done}, the state is saved; the same command goes on from there"
+    assert (tmp_path / "stopped.work" / f"state-{done:08d}.pt").exists()
+    finish(command(out))
+    assert all(torch.equal(tensor, load_weights(whole)[name]) for name, tensor in load_weights(out).items())
+
+
+def find_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def test_two_processes_have_the_losses_of_one(command, whole, tmp_path):
+    out = tmp_path / "two.safetensors"
+    settings = f"--cpu --num_processes 2 --num_machines 1 --main_process_ip 127.0.0.1 --main_process_port {find_port()}"
+    settings += " --mixed_precision no --dynamo_backend no -m dkd_trainer"
+    start = (sys.executable, "-m", "accelerate.commands.launch", *settings.split())
+    process = launch(command(out, "--set", "train.accumulation=1", start=start), start_new_session=True)
+    try:
+        output, _ = process.communicate(timeout=300)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    if process.returncode and "gloo" in output.lower():
+        pytest.skip(f"two processes cannot talk to each other here: {output.splitlines()[-1]}")
+    assert process.returncode == 0, output
+    start_event = json.loads((tmp_path / "two.work" / "journal.jsonl").read_text().splitlines()[0])
+    assert start_event["processes"] == 2
+    one, two = read_steps(whole), read_steps(out)
+    assert one.keys() == two.keys()
+    for step, losses in one.items():
+        assert two[step] == pytest.approx(losses, rel=1e-3), step
+
+
+def test_a_dry_run_says_what_to_expect_and_leaves_nothing(command, tmp_path):
+    out = tmp_path / "dry.safetensors"
+    output = finish(command(out, "--dry-run"))
+    for part in (
+        "latents (4, 4, 16, 16): 4 pairs",
+        "trainable parameters in 5 layers",
+        "teacher alone",
+        "time to finish",
+    ):
+        assert part in output
+    assert all(f"{stage}: " in output for stage in ("transfer", "imitation", "quality"))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--set", "train.bach=2"], "unknown setting 'train.bach'; the nearest that exists is 'train.batch'"),
+        (["--config", "absent.toml"], "absent.toml cannot be read"),
+    ],
+)
+def test_a_wrong_setting_ends_in_one_line(command, tmp_path, options, message):
+    process = launch(command(tmp_path / "s.safetensors", *options))
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 1 and message in output and "Traceback" not in output
