@@ -1,4 +1,4 @@
-"""The processes of a run, as `accelerate launch` starts them: one is as good as many."""
+"""The processes of a run, as `accelerate launch` (GPUs) or `torchrun` (CPUs) start them: one is as good as many."""
 
 from collections.abc import Iterable
 from datetime import timedelta
@@ -26,7 +26,8 @@ class Processes:
             raise SettingsError("the trainer needs accelerate; pip install accelerate") from error
         if train.device == "cuda" and not torch.cuda.is_available():
             raise SettingsError("setting 'train.device' is 'cuda', but no CUDA device was found; use 'cpu' or 'auto'")
-        state = PartialState(cpu=train.device == "cpu", timeout=PATIENCE)
+        cpu = train.device == "cpu" or not torch.cuda.is_available()
+        state = PartialState(cpu=cpu, timeout=PATIENCE)
         self.count, self.place, self.device = state.num_processes, state.process_index, state.device
         parts = self.count * train.accumulation
         if train.batch % parts:

@@ -82,7 +82,8 @@ def load_weights(out):
 def whole(studio, source, tmp_path_factory):
     """An undisturbed run's student."""
     out = tmp_path_factory.mktemp("whole") / "whole.safetensors"
-    finish([sys.executable, "-m", "dkd_trainer", "--teacher", str(studio.checkpoint), "--out", str(out), *source, *RUN.split()])
+    teacher = ["--teacher", str(studio.checkpoint)]
+    finish([sys.executable, "-m", "dkd_trainer", *teacher, "--out", str(out), *source, *RUN.split()])
     return out
 
 
@@ -116,9 +117,8 @@ def find_port():
 
 def test_two_processes_have_the_losses_of_one(command, whole, tmp_path):
     out = tmp_path / "two.safetensors"
-    settings = f"--cpu --num_processes 2 --num_machines 1 --main_process_ip 127.0.0.1 --main_process_port {find_port()}"
-    settings += " --mixed_precision no --dynamo_backend no -m dkd_trainer"
-    start = (sys.executable, "-m", "accelerate.commands.launch", *settings.split())
+    settings = f"--nproc_per_node 2 --master_addr 127.0.0.1 --master_port {find_port()} -m dkd_trainer"
+    start = (sys.executable, "-m", "torch.distributed.run", *settings.split())
     process = launch(command(out, "--set", "train.accumulation=1", start=start), start_new_session=True)
     try:
         output, _ = process.communicate(timeout=300)
