@@ -1,18 +1,25 @@
 """Apply DHA: patches a model's self-attention through the ModelPatcher and leaves no trace on the model itself."""
 
 import logging
+import weakref
+from collections.abc import Callable
 
 from comfy.ldm.modules.attention import attention_pytorch, optimized_attention
+from comfy.patcher_extension import WrappersMP
 from comfy_api.latest import io
 
 from ..dha.checkpoint import check_architecture
 from ..dha.config import DHAConfig
 from ..dha.patch import Patches, make_patches
+from ..dha.presets import PRESETS, Preset
 from ..dha.sites import read_architecture
 from ..dha.student import Student
 from .load import DHA_STUDENT, LoadedStudent
+from .measured import describe_presets, find_payoff, read_measured
 
-KEY = "dha"  # under which our mark and our weights are kept in a model patcher
+KEY = "dha"  # under which our mark, our wrapper and our weights are kept in a model patcher
+WINDOW = "dha_window"  # key in transformer_options under which a forward learns whether its step is ours
+CUSTOM = "custom"
 LEVELS = {"auto": None, "finest": (0,), "two finest": (0, 1), "three finest": (0, 1, 2), "all": (0, 1, 2, 3)}
 TRAINING_FREE = DHAConfig(levels=(0, 1))
 
@@ -34,8 +41,9 @@ class ApplyDHA(io.ComfyNode):
                     "levels",
                     options=list(LEVELS),
                     default="auto",
-                    tooltip="Resolutions of the UNet to speed up. auto: those of the student; without one, the two "
-                    "finest. Nearly all of the cost is at the finest.",
+                    tooltip="Resolutions of the UNet to speed up. auto: those of the student (without one, the two "
+                    "finest) where it makes this picture size faster on this device. Nearly all of the cost is at the "
+                    "finest.",
                 ),
                 io.Float.Input(
                     "token_budget",
@@ -43,8 +51,8 @@ class ApplyDHA(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.005,
-                    tooltip="Share of the tokens that each token looks at. Lower is faster and less exact. 0 is the "
-                    "untouched model.",
+                    tooltip="With the preset custom: the share of the tokens that each token looks at. Lower is faster "
+                    "and less exact. 0 is the untouched model.",
                 ),
                 io.Float.Input(
                     "start_percent",
@@ -68,19 +76,34 @@ class ApplyDHA(io.ComfyNode):
                     optional=True,
                     tooltip="From Load DHA Student. Without it the model is sped up untrained, less exactly.",
                 ),
+                # Last and optional: graphs from before it was there keep their values.
+                io.Combo.Input(
+                    "preset",
+                    options=[CUSTOM, *PRESETS],
+                    default=CUSTOM,
+                    optional=True,
+                    tooltip=f"How much exactness to give for speed. {CUSTOM}: what token_budget says.\n"
+                    + describe_presets(read_measured()),
+                ),
             ],
             outputs=[io.Model.Output()],
         )
 
     @classmethod
-    def execute(cls, model, levels, token_budget, start_percent, end_percent, student=None) -> io.NodeOutput:
-        if token_budget == 0 or start_percent >= end_percent:
+    def execute(
+        cls, model, levels, token_budget, start_percent, end_percent, student=None, preset=CUSTOM
+    ) -> io.NodeOutput:
+        spending = PRESETS.get(preset, Preset(token_budget, max_tokens=None))
+        if spending.token_budget == 0 or start_percent >= end_percent:
             return io.NodeOutput(model)
-        return io.NodeOutput(apply_student(model, student, LEVELS[levels], token_budget, start_percent, end_percent))
+        return io.NodeOutput(apply_student(model, student, LEVELS[levels], spending, start_percent, end_percent))
 
 
-def apply_student(model, loaded: LoadedStudent | None, levels, token_budget: float, start: float, end: float):
-    """A clone of the model that runs the student; raises ArchitectureError, StudentFileError or ValueError."""
+def apply_student(model, loaded: LoadedStudent | None, levels, spending: Preset, start: float, end: float):
+    """A clone of the model that runs the student; raises ArchitectureError, StudentFileError or ValueError.
+
+    `levels` None are the student's own, each where it pays on this device.
+    """
     architecture = read_architecture(model.model.diffusion_model.state_dict())
     if KEY in model.model_options["transformer_options"]:
         raise ValueError(
@@ -97,9 +120,11 @@ def apply_student(model, loaded: LoadedStudent | None, levels, token_budget: flo
     taken = find_replaced(model) & {site.block for site in student.list_sites() if site.level in chosen}
     if taken:
         logging.warning("Apply DHA: another node owns the self-attention of %s; these stay as they are.", sorted(taken))
-    active = None if (start, end) == (0.0, 1.0) else make_window(model, start, end)
     patched = model.clone()
-    patches = make_patches(student, attend, token_budget, levels, active, frozenset(taken))
+    active = None if (start, end) == (0.0, 1.0) else ask_ahead(patched, make_window(model, start, end))
+    pays = find_payoff(model).pays if levels is None else None
+    settings = (spending.token_budget, levels, active, frozenset(taken), spending.max_tokens, pays)
+    patches = make_patches(student, attend, *settings)
     install(patched, patches)
     set_attributes(patched, student.list_attributes(patches.blocks), active is not None)
     patched.model_options["transformer_options"][KEY] = student.config.to_json()
@@ -135,15 +160,34 @@ def attend(q, k, v, options, mask):
     return kernel(q, k, v, options["n_heads"], attn_precision=options.get("attn_precision"), **passed)
 
 
-def make_window(model, start: float, end: float):
-    """A question to the running step: does its noise level lie between these percents of the sampling?"""
+def make_window(model, start: float, end: float) -> Callable[[dict], bool]:
+    """A question to the running step: does its noise level lie between these percents of the sampling?
+
+    The level is fetched from the device once a step, however many forwards the step takes.
+    """
     sampling = model.get_model_object("model_sampling")
     highest, lowest = float(sampling.percent_to_sigma(start)), float(sampling.percent_to_sigma(end))
+    asked, answer = None, False
 
     def is_active(options: dict) -> bool:
-        return lowest <= float(options["sigmas"][0]) <= highest
+        nonlocal asked, answer
+        sigmas = options["sigmas"]
+        if asked is None or asked() is not sigmas:
+            asked, answer = weakref.ref(sigmas), lowest <= sigmas[0].item() <= highest
+        return answer
 
     return is_active
+
+
+def ask_ahead(patched, is_active: Callable[[dict], bool]) -> Callable[[dict], bool]:
+    """The same question, put before the UNet is entered: reading a number inside would break a compiled graph."""
+
+    def note(executor, x, t, concat, text, control, options, **kwargs):
+        options[WINDOW] = is_active(options)
+        return executor(x, t, concat, text, control, options, **kwargs)
+
+    patched.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, note)
+    return lambda options: options.get(WINDOW, True)
 
 
 def find_replaced(model) -> set[tuple[str, int]]:

@@ -1,0 +1,48 @@
+"""Where a short context is faster than the whole one: times of single layers, measured on the user's kind of device."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+WIDTHS = (320, 640, 1280)  # SD-2.1's; of other widths nothing is measured, and nothing is held back
+UNMEASURED_TOKENS = 2304  # from here on a short context is used on devices without a table: 384x384 at the finest level
+WORTH = 1.02  # a gain below this is within the noise
+
+
+@dataclass(frozen=True)
+class LayerSpeed:
+    """How many times faster a self-attention of `channels` was with a `share` of its `tokens` as keys."""
+
+    channels: int
+    tokens: int
+    share: float
+    speedup: float
+
+
+@dataclass(frozen=True)
+class Payoff:
+    """What is known of one device; without rows a rule of thumb stands in."""
+
+    rows: tuple[LayerSpeed, ...] = ()
+
+    def pays(self, tokens: int, channels: int, keys: int) -> bool:
+        """Whether a layer of `tokens` gets faster with `keys` keys.
+
+        Judged by the measured layer of that width that has as many tokens or fewer and as large a share or larger:
+        larger layers and smaller shares only gain more.
+        """
+        if channels not in WIDTHS:
+            return True
+        rows = [row for row in self.rows if row.channels == channels]
+        if not rows:
+            return tokens >= UNMEASURED_TOKENS
+        rows = [row for row in rows if row.tokens <= tokens and row.share * tokens >= keys]
+        if not rows:
+            return False
+        return min(rows, key=lambda row: (row.share, -row.tokens)).speedup >= WORTH
+
+
+def choose_payoff(tables: Iterable[dict], device: str, dtype: str) -> Payoff:
+    """The table of a kind of device (`cpu`, `cuda`) in `dtype` (`fp32`), in another one where that was not measured."""
+    same = [table for table in tables if table["device"] == device]
+    same.sort(key=lambda table: table["dtype"] != dtype)
+    return Payoff(tuple(LayerSpeed(*row) for row in same[0]["rows"])) if same else Payoff()

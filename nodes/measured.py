@@ -1,0 +1,48 @@
+"""What was measured of speed and error, as shipped: which layers pay, and the table in the presets' tooltip."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..dha.payoff import Payoff, choose_payoff
+from ..dha.presets import PRESETS
+
+FILE = Path(__file__).with_name("measured.json")
+FORMAT = "dha-measured"
+DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+def read_measured(file: Path = FILE) -> dict[str, Any]:
+    """The shipped figures (written by `python -m workflows.bench.measured`); none where the file is missing or odd."""
+    none = {"format": FORMAT, "layers": [], "presets": {}}
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return none
+    except (OSError, ValueError) as error:
+        logging.warning("DHA: %s cannot be read (%s); defaults are used. Get the pack again.", file, error)
+        return none
+    return found if isinstance(found, dict) and found.get("format") == FORMAT else none
+
+
+def find_payoff(model) -> Payoff:
+    """Which layers get faster on the device, and in the precision, that a model patcher computes in."""
+    dtype = getattr(model.model, "manual_cast_dtype", None) or model.model.get_dtype()
+    return choose_payoff(read_measured()["layers"], model.load_device.type, DTYPES.get(dtype, "other"))
+
+
+def describe_presets(measured: dict[str, Any]) -> str:
+    """One line a preset with what was measured of it; what was not is left out."""
+    lines = []
+    for name, preset in PRESETS.items():
+        line = f"{name}: {100 * preset.token_budget:.4g} % of the tokens, at most {preset.max_tokens}"
+        figures = measured["presets"].get(name, {})
+        if speeds := figures.get("speed"):
+            line += "; " + ", ".join(f"{size} {speedup:.2f}x" for size, speedup in speeds.items())
+        if "error" in figures:
+            line += f"; error {figures['error']:.3f}"
+        lines.append(line)
+    return "\n".join([*lines, *measured["presets"].get("notes", [])])

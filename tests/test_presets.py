@@ -1,0 +1,158 @@
+"""Presets and the table of layers that pay: what a name stands for, and when a layer stays as it is."""
+
+import importlib
+import importlib.machinery
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dha.config import DHAConfig
+from dha.patch import Planner, make_patches, plain_attention
+from dha.payoff import UNMEASURED_TOKENS, Payoff, choose_payoff
+from dha.presets import PRESETS
+from dha.sites import SITES, Architecture
+from dha.student import Student
+
+ROOT = Path(__file__).resolve().parent.parent
+FULL_SIZE = Architecture({site.name: 320 << min(site.level, 2) for site in SITES}, 1280, 1024)
+ROWS = [[320, 1024, 0.125, 0.9], [320, 4096, 0.125, 1.4], [320, 4096, 0.25, 1.01], [320, 16384, 0.25, 2.0]]
+TABLE = {"device": "cpu", "dtype": "fp32", "rows": ROWS}
+
+
+@pytest.fixture(scope="module")
+def measured():
+    """nodes/measured.py under the name of a pack: `nodes` itself needs a ComfyUI."""
+    for name, folder in (("speed_pack", ROOT), ("speed_pack.nodes", ROOT / "nodes")):
+        spec = importlib.machinery.ModuleSpec(name, None, is_package=True)
+        spec.submodule_search_locations = [str(folder)]
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+    return importlib.import_module("speed_pack.nodes.measured")
+
+
+def list_keys(name: str, side: int) -> int:
+    """Keys at the finest level of a square picture, training-free."""
+    student, preset = Student(DHAConfig(), FULL_SIZE), PRESETS[name]
+    plan = student.plan(side // 8, side // 8, preset.token_budget, preset.max_tokens)
+    return plan.coarse + plan.chosen
+
+
+def test_presets_spend_fewer_keys_in_the_order_of_their_names():
+    for side in (512, 768, 1024, 2048):
+        quality, balanced, fast = (list_keys(name, side) for name in ("quality", "balanced", "fast"))
+        assert quality > balanced > fast > 0
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_above_1024_the_number_of_keys_stays_so_that_cost_grows_linearly(name):
+    most = PRESETS[name].max_tokens
+    keys = [list_keys(name, side) for side in (1024, 2048, 4096)]
+    assert all(0.8 * most <= count <= most for count in keys)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "keys", "expected"),
+    [
+        (1024, 100, False),  # measured slower
+        (2000, 200, False),  # nearest below is slower
+        (4096, 512, True),
+        (4096, 1000, False),  # within the noise
+        (9216, 1100, True),
+        (9216, 2000, False),
+        (16384, 4096, True),
+        (16384, 8192, False),  # a larger share than was ever measured
+        (512, 10, False),  # smaller than all
+    ],
+)
+def test_a_layer_that_was_measured_not_to_pay_stays_as_it_is(tokens, keys, expected):
+    assert choose_payoff([TABLE], "cpu", "fp32").pays(tokens, 320, keys) is expected
+
+
+def test_without_a_table_only_large_layers_are_shortened():
+    payoff = choose_payoff([TABLE], "xpu", "fp32")
+    assert payoff == Payoff()
+    assert [payoff.pays(tokens, 320, 64) for tokens in (UNMEASURED_TOKENS - 1, UNMEASURED_TOKENS)] == [False, True]
+    assert choose_payoff([TABLE], "cpu", "fp32").pays(4096, 640, 64), "no layer of this width was measured"
+
+
+def test_widths_that_nobody_measures_are_not_held_back():
+    assert Payoff().pays(64, 32, 8) and choose_payoff([TABLE], "cpu", "fp32").pays(64, 32, 60)
+
+
+def test_the_table_of_the_same_precision_comes_first():
+    other = {**TABLE, "dtype": "bf16", "rows": [[320, 1024, 0.5, 3.0]]}
+    assert choose_payoff([TABLE, other], "cpu", "bf16").rows[0].speedup == 3.0
+    assert choose_payoff([TABLE, other], "cpu", "fp16").rows[0].speedup == 0.9
+
+
+def test_planner_asks_once_a_size_and_keeps_the_grid():
+    asked = []
+
+    def pays(*size):
+        asked.append(size)
+        return size[0] > 100
+
+    planner = Planner(Student(DHAConfig(token_budget=0.25), FULL_SIZE), pays=pays)
+    x, small = torch.randn(2, 256, 320), torch.randn(2, 64, 320)
+    with torch.inference_mode():
+        plan, grid = planner.prepare(16, 16, x)
+    assert planner.prepare(16, 16, x)[1] is grid and len(grid) == plan.coarse and not grid.is_inference()
+    assert planner.prepare(8, 8, small) == (None, None) == planner.prepare(8, 8, small)
+    assert asked == [(256, 320, 64), (64, 320, 16)]
+
+
+def test_a_layer_that_does_not_pay_is_handed_back_untouched():
+    student = Student(DHAConfig(levels=(0,)), FULL_SIZE)
+    n, emb = torch.randn(1, 64, 320), torch.randn(1, 1280)
+    for pays, length in ((lambda *_: False, 64), (lambda *_: True, 6)):
+        patches = make_patches(student, plain_attention, pays=pays)
+        options = {"block": ("input", 1), "activations_shape": [1, 320, 8, 8]} | patches.as_options()
+        patches.emb(emb, 320, options)
+        _, context, value = patches.attn1(n, n, n, options)
+        assert context.shape[1] == value.shape[1] == length
+        assert (context is n) == (length == 64)
+
+
+def test_no_layer_asks_the_device_for_a_number():
+    """Everything of a layer runs on `meta`, where nothing can be read back, in eager and with every trained part."""
+    config = DHAConfig(levels=(0,), memory=4, rank=4, router_width=8, weighted=False)
+    with torch.device("meta"):
+        student = Student(config, FULL_SIZE)
+        n, emb = torch.randn(2, 256, 320), torch.randn(2, 1280)
+    patches = make_patches(student, plain_attention)
+    options = {"block": ("input", 1), "activations_shape": [2, 320, 16, 16], "n_heads": 5} | patches.as_options()
+    with torch.inference_mode():
+        patches.emb(emb, 320, options)
+        out = patches.replace(*patches.attn1(n, n, n, options), options)
+        assert patches.output(out, options).shape == n.shape
+
+
+def test_figures_that_were_not_measured_are_left_out_of_the_tooltip(measured):
+    nothing = measured.describe_presets({"presets": {}})
+    assert [line.split(":")[0] for line in nothing.splitlines()] == list(PRESETS)
+    assert "x" not in nothing.replace("most", "").replace("tokens", "") and "error" not in nothing
+    figures = {"balanced": {"speed": {"1024": 2.345}, "error": 0.1234}, "notes": ["On some machine."]}
+    lines = measured.describe_presets({"presets": figures}).splitlines()
+    assert lines[1].endswith("1024 2.35x; error 0.123") and lines[-1] == "On some machine." and len(lines) == 4
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]", '{"format": "other"}'])
+def test_a_missing_or_odd_file_of_figures_is_no_reason_to_fail(measured, tmp_path, content):
+    file = tmp_path / "measured.json"
+    if content is not None:
+        file.write_text(content)
+    found = measured.read_measured(file)
+    assert found["layers"] == [] and choose_payoff(found["layers"], "cpu", "fp32") == Payoff()
+
+
+def test_shipped_figures_are_well_formed(measured):
+    if not measured.FILE.is_file():
+        pytest.skip("no figures are shipped yet")
+    found = json.loads(measured.FILE.read_text())
+    assert found["format"] == measured.FORMAT and set(found["presets"]) <= {*PRESETS, "notes"}
+    for table in found["layers"]:
+        assert {"device", "dtype", "machine", "torch", "commit", "command"} <= set(table)
+        assert choose_payoff([table], table["device"], table["dtype"]).rows
