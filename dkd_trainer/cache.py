@@ -1,4 +1,4 @@
-"""Tensors kept on disk by key: shards of some hundred rows, written whole, mapped into memory to be read."""
+"""Tensors kept on disk by key: shards of some hundred rows, written whole, read row by row."""
 
 import contextlib
 import hashlib
@@ -9,7 +9,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import BinaryIO, TypeVar
 
 import numpy as np
 import torch
@@ -23,7 +23,6 @@ from .source import DataError, Refused
 
 Item = TypeVar("Item")
 FORMAT = "dkd-cache-1"
-OPEN_SHARDS = 8192  # a system maps some 65,000 files at most
 
 
 def make_key(*parts: object) -> bytes:
@@ -178,29 +177,39 @@ def hold(path: Path) -> Iterator[str]:
 
 
 class Reader:
-    """Rows of the shards of a store, mapped when first needed; it can be copied to other processes."""
+    """Rows of the shards of a store, each read from its place in the file when it is asked for.
+
+    Reading beats mapping the files: a page fault at a random place makes the system read megabytes around it.
+    """
 
     def __init__(self, files: Sequence[Path]):
         self.files = list(files)
-        self.mapped: dict[int, Tensor] = {}
-
-    def __getstate__(self) -> dict:
-        return {"files": self.files, "mapped": {}}
-
-    def map_shard(self, number: int) -> Tensor:
-        """The values of a shard (n, ...), of which only the rows that are read are loaded."""
-        if number not in self.mapped:
-            if len(self.mapped) >= OPEN_SHARDS:
-                self.mapped.clear()
-            try:
-                with safe_open(self.files[number], "pt") as file:
-                    self.mapped[number] = file.get_tensor("values")
-            except (SafetensorError, OSError) as error:
-                raise DataError(
-                    f"the cached shard {self.files[number]} cannot be read any more ({error}); start again to encode it"
-                ) from error
-        return self.mapped[number]
+        self.layouts: dict[int, tuple[int, tuple[int, ...]]] = {}
 
     def read(self, places: Iterable[Sequence[int]]) -> Tensor:
-        """Rows at (shard, row) places, as float32 (B, ...)."""
-        return torch.stack([self.map_shard(shard)[row] for shard, row in places]).float()
+        """Rows at (shard, row) places, as float32 (B, ...); raises DataError when a shard is gone."""
+        rows = [self.read_row(shard, row) for shard, row in places]
+        return torch.stack(rows).float()
+
+    def read_row(self, shard: int, row: int) -> Tensor:
+        try:
+            with self.files[shard].open("rb", buffering=0) as file:
+                if shard not in self.layouts:
+                    self.layouts[shard] = read_layout(file)
+                start, shape = self.layouts[shard]
+                values = torch.empty(shape, dtype=torch.float16)
+                file.seek(start + row * values.nbytes)
+                if file.readinto(values.numpy()) != values.nbytes:
+                    raise OSError("it is shorter than it was")
+        except (OSError, ValueError) as error:
+            raise DataError(
+                f"the cached shard {self.files[shard]} cannot be read any more ({error}); start again to encode it"
+            ) from error
+        return values
+
+
+def read_layout(file: BinaryIO) -> tuple[int, tuple[int, ...]]:
+    """Where a safetensors file's `values` start, in bytes, and the shape of one row."""
+    length = int.from_bytes(file.read(8), "little")
+    entry = json.loads(file.read(length))["values"]
+    return 8 + length + entry["data_offsets"][0], tuple(entry["shape"][1:])

@@ -25,7 +25,8 @@ class Corpus:
     """
 
     def __init__(self, listing: Listing, encoded: Encoded):
-        self.source, self.report = listing.source, None
+        self.source = listing.source
+        self.report: Path | None = None
         self.made = sum(store.made for store in encoded.latents.values())
         shapes = sorted(encoded.latents)
         found = list(encoded.locate())

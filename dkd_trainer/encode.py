@@ -44,8 +44,8 @@ def time_reading(corpus, batch: int = 16, seconds: float = 2.0) -> float:
     return count / (time.perf_counter() - start)
 
 
-def main() -> None:
-    args = read_arguments(sys.argv[1:])
+def main(arguments: list[str]) -> None:
+    args = read_arguments(arguments)
     ensure_comfy(args.comfyui)
     from .corpus import open_corpus
     from .drawing import Drawing
@@ -66,7 +66,7 @@ def main() -> None:
 
 if __name__ == "__main__":
     try:
-        main()
+        main(sys.argv[1:])
     except KeyboardInterrupt:
         sys.exit("stopped; the same command goes on from here")
     except (FileNotFoundError, ValueError) as error:

@@ -44,13 +44,13 @@ class Encoded:
     def locate(self) -> Iterator[tuple[Pair, tuple[int, int], tuple[int, int], tuple[int, int]]]:
         """Pair, shape, and the (shard, row) of its latent and its context; the others are added to `skipped`."""
         for pair, key, shape in zip(self.pairs, self.keys, self.shapes, strict=True):
-            found = self.latents[shape].find(key), self.contexts.find(make_key("prompt", pair.prompt))
-            refused = next((r for r in found if not isinstance(r, tuple)), False)
-            if refused is False:
-                yield pair, shape, *found
-            else:
-                refused = refused or Refused(CHANGED, "start again to encode it")
-                self.skipped.append(Skip(pair.name, refused.reason, refused.detail))
+            latent, context = self.latents[shape].find(key), self.contexts.find(make_key("prompt", pair.prompt))
+            if isinstance(latent, tuple) and isinstance(context, tuple):
+                yield pair, shape, latent, context
+                continue
+            refused = [found for found in (latent, context) if isinstance(found, Refused)]
+            why = refused[0] if refused else Refused(CHANGED, "start again to encode it")
+            self.skipped.append(Skip(pair.name, why.reason, why.detail))
 
 
 class Encoder:

@@ -66,16 +66,16 @@ def look_at(pair: Pair) -> tuple[Pair, str, Look]:
 
 def look_at_all(pairs: list[Pair], ledger: Ledger, pool: Executor, title: str = "") -> list[Look]:
     """Every pair's look, from the ledger where its file is unchanged."""
-    looks = [ledger.look_up(pair) for pair in pairs]
-    new = [number for number, look in enumerate(looks) if look is None]
-    found = map_ahead(pool, look_at, (pairs[number] for number in new), 64)
+    known = [ledger.look_up(pair) for pair in pairs]
+    new = [pair for pair, look in zip(pairs, known, strict=True) if look is None]
+    looks: list[Look] = []
     with tqdm(total=len(new), desc=title, disable=not title or not new) as bar:
-        for numbers, part in zip(split(new, 512), split(found, 512), strict=True):
+        for part in split(map_ahead(pool, look_at, new, 64), 512):
             ledger.remember(part)
-            for number, (_, _, look) in zip(numbers, part, strict=True):
-                looks[number] = look
+            looks += [look for _, _, look in part]
             bar.update(len(part))
-    return looks
+    found = iter(looks)
+    return [look or next(found) for look in known]
 
 
 def frame_picture(pair: Pair, look: Look, framing: Framing) -> Frame | Skip:

@@ -77,13 +77,13 @@ class Ledger:
 def name_place(pair: Pair) -> str:
     """A picture's file, and its place within a shard."""
     part = "" if pair.length is None else f"?{pair.start}+{pair.length}"
-    return f"{os.path.abspath(pair.picture)}{part}"
+    return f"{os.path.abspath(pair.picture or '')}{part}"
 
 
-def read_stamp(picture: Path) -> str:
+def read_stamp(picture: Path | None) -> str:
     """A file's length and times of change; an empty text when it is gone or still too young to be told by them."""
     try:
-        status = picture.stat()
+        status = os.stat(picture or "")
     except OSError:
         return ""
     if time.time_ns() - max(status.st_mtime_ns, status.st_ctime_ns) < YOUNG:

@@ -49,6 +49,19 @@ def test_rows_are_read_in_the_order_asked_for(tmp_path):
     assert reader.read([store.find(keys[3])])[0, 0] == 3
 
 
+def test_a_shard_that_is_gone_or_cut_is_named(tmp_path):
+    store = Store(tmp_path)
+    fill(store, number_items(5))
+    reader, path = Reader(store.files), store.files[0]
+    path.write_bytes(path.read_bytes()[: -5 * 16 - 1])  # the keys come last
+    assert reader.read([(0, 3)])[0, 0] == 3
+    with pytest.raises(DataError, match=f"{path.name} cannot be read any more.*start again"):
+        reader.read([(0, 4)])
+    path.unlink()
+    with pytest.raises(DataError, match="start again"):
+        Reader(store.files).read([(0, 0)])
+
+
 def test_what_is_there_is_not_made_again_nor_what_was_refused(tmp_path):
     fill(Store(tmp_path, rows=4), number_items(20))
     store = Store(tmp_path, rows=4)

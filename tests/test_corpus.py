@@ -135,6 +135,29 @@ def test_a_changed_picture_is_encoded_again_and_no_other(pairs, teacher, tmp_pat
     assert [torch.equal(a, b) for a, b in zip(old_context, new_context, strict=True)] == [True, True, False]
 
 
+def test_a_picture_that_changes_under_way_is_not_kept_under_its_old_content(teacher, tmp_path, monkeypatch):
+    from dkd_trainer import encoder
+
+    folder, look_at_all = tmp_path / "pairs", encoder.look_at_all
+    for number in range(3):
+        write_pair(folder, number)
+
+    def look_and_change(*arguments):
+        looks = look_at_all(*arguments)
+        write_pair(folder, 1, seed=77)
+        return looks
+
+    monkeypatch.setattr(encoder, "look_at_all", look_and_change)
+    during = open_pairs(folder, teacher, tmp_path)
+    assert [str(skip) for skip in during.skipped] == ["001.png: changed while it was read (start again to encode it)"]
+    monkeypatch.undo()
+    after = open_pairs(folder, teacher, tmp_path)
+    assert (len(during), len(after)) == (2, 3)
+    torch.testing.assert_close(
+        after.read([1])[0], teacher.encode_picture(after.read_picture(1)[None]), atol=5e-3, rtol=5e-3
+    )
+
+
 def test_copies_of_a_picture_are_encoded_once(teacher, tmp_path):
     for number in range(3):
         write_pair(tmp_path / "pairs", number, seed=1)
