@@ -36,7 +36,7 @@ class FCNet(nn.Module):
     State names are as published, below `control_model.`. `operations` supplies Conv2d.
     """
 
-    def __init__(self, encoder: nn.Module, operations=nn, hint_width: int = HINT_WIDTH, **factory):
+    def __init__(self, encoder: Any, operations=nn, hint_width: int = HINT_WIDTH, **factory):
         super().__init__()
         self.time_embed, self.input_blocks = encoder.time_embed, encoder.input_blocks
         self.middle_block = encoder.middle_block

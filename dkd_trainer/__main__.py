@@ -4,6 +4,7 @@
 """
 
 import argparse
+import contextlib
 import importlib
 import sys
 from pathlib import Path
@@ -13,7 +14,11 @@ from .host import ensure_comfy
 from .journal import Journal
 from .settings import Settings, assemble_settings, list_presets, parse_override
 
-COMMANDS = {"evaluate": "evaluate", "import": "import_student"}  # modules with a `main` of their own
+COMMANDS = {
+    "control": "control.command",
+    "evaluate": "evaluate",
+    "import": "import_student",
+}  # modules with a `main` of their own
 
 
 def read_arguments(arguments: list[str]) -> argparse.Namespace:
@@ -116,9 +121,10 @@ def main() -> None:
     except TrainingStopped as stopped:
         print(stopped, file=sys.stderr)
         sys.exit(128 + stopped.signal_number)
-    except (OSError, ValueError, FloatingPointError) as error:
+    except Exception as error:
         if not args.dry_run and settings.work.is_dir():
-            Journal(settings.work / "journal.jsonl").write("error", message=str(error))
+            with contextlib.suppress(OSError):  # a full disk may be the error
+                Journal(settings.work / "journal.jsonl").write("error", message=str(error))
         raise
 
 

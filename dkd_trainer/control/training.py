@@ -1,0 +1,126 @@
+"""The training of a control branch on a locked teacher: the students' engine with another stage."""
+
+import json
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dha.control_file import ControlConfig, save_control
+from dha.frequency import filter_band
+
+from ..batches import Batch, Corpus
+from ..cache import write_whole
+from ..diffusion import add_noise, training_target
+from ..evaluation import BANDS as TIMES
+from ..host import Teacher
+from ..loop import Training
+from ..processes import Processes
+from ..record import current_command, current_commit, list_versions
+from ..sheets import Examination
+from ..stages import Stage
+from .branch import TrainedBranch
+from .settings import ControlSettings
+
+SHEET_SEED = 0  # of the mini band's shuffle in what is validated and shown
+
+
+def train_control(
+    teacher: Teacher,
+    corpus: Corpus,
+    settings: ControlSettings,
+    processes: Processes | None = None,
+    held_out: Corpus | None = None,
+) -> TrainedBranch:
+    """Train a branch and write its file, its settings and its record; the same call goes on where it was stopped.
+
+    Raises what `loop.train_student` raises; in each case the last state is kept.
+    """
+    processes = processes or Processes(settings.train)
+    return ControlTraining(teacher, corpus, settings, processes, held_out).run()
+
+
+@dataclass(frozen=True)
+class ControlStage(Stage):
+    """The only stage: the steered teacher learns to find the noise in pictures of which it is shown a band."""
+
+    def weights(self, step: int) -> dict[str, float]:
+        return {"noise": 1.0}
+
+    def measure(self, teacher: Teacher, student: TrainedBranch, batch: Batch, checkpointing: bool) -> dict[str, Tensor]:
+        """Mean squared error of the prediction, with gradients to the branch alone."""
+        band = filter_band(batch.latents, student.config.band, seed=batch.seed)
+        found = teacher.predict(batch.noisy, batch.t, batch.context, student.as_options(band, checkpointing))
+        return {
+            "noise": F.mse_loss(found, training_target(batch.latents, batch.noise, batch.t.cpu(), teacher.prediction))
+        }
+
+
+class ControlTraining(Training):
+    """A branch with its average and optimizer."""
+
+    def list_stages(self) -> list[Stage]:
+        return [ControlStage("control", 0, self.settings.control)]
+
+    def build_student(self) -> TrainedBranch:
+        return TrainedBranch(self.teacher, ControlConfig(self.settings.control.band, self.settings.control.rank))
+
+    def prepare_examination(self, held_out: Corpus | None, aside: list[int]) -> Examination | None:
+        found = super().prepare_examination(held_out, aside)
+        if found is None:
+            return None
+        picks = aside if held_out is None else max(held_out.buckets.values(), key=len)[: self.settings.watch.pairs]
+        corpus = self.corpus if held_out is None else held_out
+        return ControlExamination(self.teacher, corpus, picks, self.settings.watch)
+
+    def write_results(self) -> None:
+        """The averaged weights, and beside them the settings as TOML and the record as JSON."""
+        settings, out, run = self.settings, self.settings.out, self.describe()
+        summary = {"pairs": len(self.corpus), "last_losses": self.losses, "validation": self.errors}
+        summary |= {"commit": current_commit()}
+        save_control(out, self.average.to_file(self.teacher, {"run": run, **summary}))
+        write_whole(out.with_suffix(".toml"), settings.to_toml().encode())
+        record = {
+            "command": current_command("dkd_trainer"),
+            **summary,
+            "steps": settings.steps,
+            "parameters": sum(parameter.numel() for parameter in self.parameters),
+            "bytes": out.stat().st_size,
+            "seconds": round(self.seconds, 1),
+            "device": str(self.teacher.device),
+            "processes": self.processes.count,
+            "versions": list_versions(),
+            "run": run,
+        }
+        write_whole(out.with_suffix(".json"), (json.dumps(record, indent=1) + "\n").encode())
+        self.journal.write("end", step=settings.steps, control=str(out))
+
+
+class ControlExamination(Examination):
+    """Fixed pairs with fixed noise, steered by their own bands."""
+
+    @torch.no_grad()
+    def measure_errors(self, student: TrainedBranch) -> dict[str, float]:
+        """Squared error of the steered prediction over the unsteered one's, by timesteps, and both errors' means."""
+        generator, device = torch.Generator().manual_seed(5), self.teacher.device
+        errors, sums = {}, {"steered": 0.0, "unsteered": 0.0}
+        options = student.as_options(filter_band(self.latents.to(device), student.config.band, SHEET_SEED))
+        for low, high in TIMES:
+            t = torch.randint(low, high, (len(self.latents),), generator=generator)
+            noisy = add_noise(self.latents, self.noise, t)
+            target = training_target(self.latents, self.noise, t, self.teacher.prediction).to(device)
+            moved = [tensor.to(device) for tensor in (noisy, t, self.context)]
+            steered, unsteered = (F.mse_loss(self.teacher.predict(*moved, o), target).item() for o in (options, {}))
+            errors[f"{low}-{high}"] = steered / unsteered
+            sums = {"steered": sums["steered"] + steered, "unsteered": sums["unsteered"] + unsteered}
+        return {**errors, **{name: value / len(TIMES) for name, value in sums.items()}}
+
+    @torch.no_grad()
+    def draw_sheet(self, student: TrainedBranch) -> Tensor:
+        """Rows of source, what the band keeps of it, unsteered and steered pictures, as one picture (3, H, W)."""
+        sources = self.latents[: self.watch.pictures].to(self.teacher.device)
+        band = filter_band(sources, student.config.band, SHEET_SEED)
+        rows = [self.teacher.decode_latents(latents).cpu() for latents in (sources, band)]
+        rows += [self.draw({}), self.draw(student.as_options(band))]
+        return torch.cat([torch.cat(list(row), dim=2) for row in rows], dim=1)
