@@ -86,7 +86,7 @@ class ApplyDHA(io.ComfyNode):
                     + describe_presets(read_measured()),
                 ),
             ],
-            outputs=[io.Model.Output()],
+            outputs=[io.Model.Output(tooltip="The model, sped up; the one that came in stays as it is.")],
         )
 
     @classmethod

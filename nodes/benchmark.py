@@ -11,7 +11,7 @@ from comfy_api.latest import io, ui
 from .compare import describe_run, report_laps
 from .pixels import to_images
 from .plot import draw_bars
-from .tables import MISSING, Table, show_bytes, show_number, show_report, show_text
+from .tables import MISSING, Table, show_bytes, show_number, show_report
 from .timing import Sampling, count_steps, time_both
 
 SIZE = re.compile(r"(\d+)(?:\s*[x×]\s*(\d+))?")
@@ -63,7 +63,6 @@ class Benchmark(io.ComfyNode):
                 io.Image.Output("chart", display_name="chart", tooltip="Seconds a step by size."),
                 io.String.Output("report", display_name="report", tooltip="All figures as JSON."),
             ],
-            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -74,15 +73,13 @@ class Benchmark(io.ComfyNode):
         progress = comfy.utils.ProgressBar(len(wanted) * count_steps(sampling, len(models), repeats))
         report: dict[str, Any] = {"sizes": []}
         for number, (width, height) in enumerate(wanted, 1):
-            show_text(cls.hidden.unique_id, f"{width}x{height}, {number} of {len(wanted)} ...")
             latent = make_latent(width, height, batch_size)
             report["sizes"].append(time_size(sampling, models, latent, repeats, progress))
             done = number * progress.total // len(wanted)
             progress.update_absolute(done, preview=("JPEG", draw_chart(report, original), PREVIEW))
         settings = describe_run(original, sampling, latent["samples"], repeats)
         report |= {key: value for key, value in settings.items() if key not in ("width", "height", "seed")}
-        show_text(cls.hidden.unique_id, summarise(report))
-        text, shown = show_report(report, tabulate(report))
+        text, shown = show_report(report, summarise(report), tabulate(report))
         chart = to_images([draw_chart(report, original)])
         return io.NodeOutput(chart, text, ui=shown | ui.PreviewImage(chart, cls=cls).as_dict())
 

@@ -8,7 +8,7 @@ import comfy.utils
 import torch
 from comfy_api.latest import io
 
-from .tables import show_report, show_text, tabulate_runs
+from .tables import show_report, tabulate_runs
 from .timing import Laps, Sampling, count_steps, time_both
 
 
@@ -109,7 +109,6 @@ class CompareModels(io.ComfyNode):
                     "report", display_name="report", tooltip="Seconds, memory and difference of the latents as JSON."
                 ),
             ],
-            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -122,8 +121,7 @@ class CompareModels(io.ComfyNode):
             "relative_latent_difference": relate(samples["student"], samples["original"]),
             **describe_run(original, sampling, samples["original"], repeats),
         }
-        show_text(cls.hidden.unique_id, summarise(report))
-        text, shown = show_report(report, tabulate_runs(report))
+        text, shown = show_report(report, summarise(report), tabulate_runs(report))
         latents = [{**latent_image, "samples": samples[name]} for name in models]
         return io.NodeOutput(*latents, text, ui=shown)
 

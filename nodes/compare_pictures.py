@@ -7,7 +7,7 @@ import torch
 from comfy_api.latest import io, ui
 
 from ..dha.fidelity import WINDOW, build_feature_net, perceptual_distance, psnr, ssim
-from .tables import Table, read_report, show_number, show_report, show_text, tabulate_runs
+from .tables import Table, read_report, show_number, show_report, tabulate_runs
 
 HEAT = ((0.0, 0.0, 0.02), (0.34, 0.06, 0.43), (0.74, 0.21, 0.33), (0.98, 0.56, 0.04), (0.99, 1.0, 0.64))
 
@@ -47,7 +47,6 @@ class ComparePictures(io.ComfyNode):
                 io.String.Output("text", display_name="report", tooltip="Differences, seconds and bytes as JSON."),
                 io.Image.Output("heat", display_name="difference", tooltip="The amplified difference in colours."),
             ],
-            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -56,8 +55,7 @@ class ComparePictures(io.ComfyNode):
         original, student = original[..., :3], student[..., :3].to(original)
         fields = measure_difference(original, student) | read_report(report, "Compare Pictures")
         heat = colour_heat((student - original).abs().mean(-1) * amplify).to(original)
-        show_text(cls.hidden.unique_id, summarise(fields))
-        text, shown = show_report(fields, tabulate(fields))
+        text, shown = show_report(fields, summarise(fields), tabulate(fields))
         pictures = {"original": original, "student": student, "difference": heat}
         for name, picture in pictures.items():
             shown[name] = ui.PreviewImage(picture, cls=cls).as_dict()["images"]

@@ -41,7 +41,7 @@ class LoadDHAStudent(io.ComfyNode):
                     "that it was trained for.",
                 )
             ],
-            outputs=[DHA_STUDENT.Output(display_name="student")],
+            outputs=[DHA_STUDENT.Output(display_name="student", tooltip="The student, for Apply DHA.")],
         )
 
     @classmethod

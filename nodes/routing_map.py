@@ -13,7 +13,7 @@ from ..dha.routing import ContextPlan, coarse_indices
 from ..dha.sites import Site
 from .pixels import to_images
 from .routing_picture import draw_frame
-from .tables import show_report, show_text
+from .tables import show_report
 from .timing import Sampling
 
 LEVELS = {"finest": 0, "second": 1, "third": 2, "coarsest": 3}
@@ -129,7 +129,6 @@ class RoutingMap(io.ComfyNode):
                 io.Image.Output("summary", display_name="summary", tooltip="The last picture | the mean of all steps."),
                 io.String.Output("report", display_name="report", tooltip="Counts and overlap of steps as JSON."),
             ],
-            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -148,8 +147,7 @@ class RoutingMap(io.ComfyNode):
         mean = torch.stack([step.kept for step in recorder.steps]).mean(0)
         summary = draw_frame(picture, mean / mean.max().clamp(min=1e-6), recorder.list_grid(), "all steps")
         report = describe(recorder)
-        show_text(cls.hidden.unique_id, summarise(report))
-        text, shown = show_report(report, tabulate(report))
+        text, shown = show_report(report, summarise(report), tabulate(report))
         images = to_images(drawn)
         return io.NodeOutput(images, to_images([summary]), text, ui=shown | animate(images, cls))
 

@@ -1,9 +1,8 @@
-"""What our nodes show in the browser: a line of text while they run, then a table beside the report behind it."""
+"""What our nodes show in the browser: one line, a table, and the report behind them."""
 
 import json
 from typing import Any
 
-from comfy_api.latest import ui
 from server import PromptServer
 
 Table = list[list[str]]
@@ -15,10 +14,10 @@ def show_text(node_id: str, text: str) -> None:
     PromptServer.instance.send_progress_text(text, node_id)
 
 
-def show_report(report: dict[str, Any], table: Table) -> tuple[str, dict[str, Any]]:
-    """The report as JSON, and what the browser gets: the same, and a table whose first row is its head."""
+def show_report(report: dict[str, Any], summary: str, table: Table) -> tuple[str, dict[str, Any]]:
+    """The report as JSON, and what the browser gets: the same, one line, and a table whose first row is its head."""
     text = json.dumps(report, indent=1)
-    return text, ui.PreviewText(text).as_dict() | {"table": (json.dumps(table),)}
+    return text, {"text": (text,), "summary": (summary,), "table": (json.dumps(table),)}
 
 
 def read_report(report: str | None, node: str) -> dict[str, Any]:

@@ -5,6 +5,7 @@ With DHA_SCREENSHOTS=FOLDER the screenshots of the README are written there.
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from workflows.server import choose_device_flags, find_comfyui, serve
 
 pytest.importorskip("playwright", reason="comes with `python3 install.py --test`")
 from workflows.browser import browse, find_chromium
+from workflows.words import pick_ours
 
 WORKFLOWS = sorted(path.name for path in FOLDER.glob("*.json"))
 FLAGS = (*choose_device_flags(), "--preview-method", "latent2rgb")
@@ -26,7 +28,11 @@ def server(tmp_path_factory):
         pytest.skip("COMFYUI_PATH does not point to a ComfyUI")
     if not find_chromium():
         pytest.skip("no Chromium on this machine; on Debian: apt-get install chromium")
-    with serve(find_comfyui(None), tmp_path_factory.mktemp("comfyui"), flags=FLAGS) as running:
+    comfyui, base = find_comfyui(None), tmp_path_factory.mktemp("comfyui")
+    # Comes with ComfyUI, and is what Load Image shows until another picture is chosen.
+    (base / "input").mkdir()
+    shutil.copy(comfyui / "input" / "example.png", base / "input")
+    with serve(comfyui, base, flags=FLAGS) as running:
         running.info = running.get("/object_info")
         yield running
 
@@ -95,3 +101,53 @@ def test_cancel(frontend):
     frontend.load(read("smallest.json"))
     frontend.queue()
     assert frontend.finish() == "execution_success"
+
+
+def test_compare_pictures_shows_both_pictures_in_one_place(frontend):
+    """Slider, A/B and difference; the figures as a table, and as the JSON file that the button saves."""
+    page = frontend.page
+    frontend.load(read("compare-quality.json"))
+    frontend.queue()
+    assert frontend.finish() == "execution_success"
+    frontend.zoom("ComparePictures")
+    student = page.locator(".dha-over")
+    stage = page.locator(".dha-stage").bounding_box()
+    for part in (0.25, 0.75):
+        page.mouse.move(stage["x"] + part * stage["width"], stage["y"] + stage["height"] / 2)
+        clipped = student.evaluate("picture => parseFloat(picture.style.clipPath.split(' ').at(-1))")
+        assert clipped == pytest.approx(100 * part, abs=1)
+    assert student.evaluate("picture => picture.complete && picture.naturalWidth") == 128
+    shoot(frontend, "slider")
+    page.get_by_role("button", name="A/B").click()
+    assert not student.is_visible()
+    page.locator(".dha-stage").click()
+    assert student.is_visible()
+    page.get_by_role("button", name="Difference").click()
+    assert not student.is_visible() and page.locator(".dha-label").inner_text() == "difference"
+    shoot(frontend, "difference")
+    assert "PSNR" in page.locator(".dha-table").last.inner_text()
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Save JSON").last.click()
+    assert json.loads(Path(download.value.path()).read_text())["psnr"] > 0
+
+
+def test_every_node_has_a_help_page(server, frontend):
+    frontend.page.evaluate("() => window.app.graph.clear()")
+    for kind, info in pick_ours(server.info).items():
+        frontend.add(kind)
+        text = frontend.open_help(kind)
+        assert info["display_name"] in text and "Inputs" in text
+        if kind == "ApplyDHA":
+            shoot(frontend, "help")
+
+
+def test_the_template_browser_lists_the_workflows(frontend):
+    frontend.open_templates()
+    cards = frontend.page.get_by_test_id("template-workflows-content")
+    for name in WORKFLOWS:
+        picture = cards.locator(f"img[src*='{name.removesuffix('.json')}.jpg']")
+        picture.wait_for()
+        frontend.page.wait_for_function("picture => picture.naturalWidth > 0", arg=picture.element_handle())
+    shoot(frontend, "templates")
+    cards.get_by_text("smallest").first.click()
+    frontend.page.wait_for_function("() => window.app.graph.nodes.some(node => node.type === 'ApplyDHA')")

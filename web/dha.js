@@ -3,7 +3,8 @@ import { app } from '../../scripts/app.js'
 import { element, makeReport } from './report.js'
 import { Slider } from './slider.js'
 
-const TABLE_HEIGHT = { CompareModels: 170, ComparePictures: 480, DHABenchmark: 170, DHARoutingMap: 150 }
+// Pixels that a node's results need; a slider takes what there is.
+const HEIGHT = { CompareModels: 165, ComparePictures: 480, DHABenchmark: 190, DHARoutingMap: 165 }
 
 function addStyle() {
   const style = element('link', '')
@@ -19,8 +20,8 @@ function addView(node, kind) {
   const widget = node.addDOMWidget('dha_view', 'dha_view', root, {
     serialize: false,
     hideOnZoom: false,
-    getMinHeight: () => (root.dataset.filled ? TABLE_HEIGHT[kind] : 0),
-    getMaxHeight: () => (root.dataset.filled ? undefined : 0)
+    getMinHeight: () => (root.dataset.filled ? HEIGHT[kind] : 0),
+    getMaxHeight: () => (root.dataset.filled ? (slider ? undefined : HEIGHT[kind]) : 0)
   })
   // Not a setting of the node: it has no place among its saved values.
   widget.serialize = false
@@ -45,7 +46,7 @@ app.registerExtension({
   setup: addStyle,
   beforeRegisterNodeDef(nodeType, nodeData) {
     const kind = nodeData.name
-    if (!(kind in TABLE_HEIGHT)) return
+    if (!(kind in HEIGHT)) return
     const { onNodeCreated, onExecuted } = nodeType.prototype
     nodeType.prototype.onNodeCreated = function () {
       onNodeCreated?.apply(this, arguments)

@@ -36,7 +36,7 @@ function saveAs(name, text) {
 export function makeReport(message, name) {
   const report = element('div', 'dha-report')
   if (!message.table?.length) return report
-  report.append(makeTable(JSON.parse(message.table[0])))
+  report.append(element('div', 'dha-summary', message.summary[0]), makeTable(JSON.parse(message.table[0])))
   report.append(button('Save JSON', 'Save all figures as a file', () => saveAs(`${name}.json`, message.text[0])))
   return report
 }

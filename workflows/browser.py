@@ -20,6 +20,7 @@ SIZE = {"width": 1600, "height": 1000}
 SETTINGS = {
     "Comfy.TutorialCompleted": True,
     "Comfy.Workflow.Persist": False,
+    "Comfy.Workflow.WorkflowTabsPosition": "Sidebar",
     "Comfy.Minimap.Visible": False,
     "Comfy.Graph.CanvasInfo": False,
     "Comfy.Notification.ShowVersionUpdates": False,
@@ -136,12 +137,23 @@ class Frontend:
         }"""
         self.page.evaluate(script, kind)
 
+    def add(self, kind: str) -> None:
+        """Put a node of a type on the canvas."""
+        self.page.evaluate("kind => window.app.graph.add(window.LiteGraph.createNode(kind))", kind)
+
+    def zoom(self, kind: str) -> None:
+        """Show the first node of a type as large as the window allows."""
+        self.select(kind)
+        self.command("Comfy.Canvas.FitView")
+        self.page.wait_for_timeout(1000)
+
     def open_help(self, kind: str) -> str:
         """Open the help page of a node through the button above it; the page's text."""
         self.select(kind)
         self.page.get_by_test_id("info-button").click()
-        text = self.page.locator(".node-help-content").inner_text()
-        return text
+        page = self.page.locator(".node-help-content")
+        page.locator("table").first.wait_for()
+        return page.inner_text()
 
     def open_templates(self) -> None:
         self.command("Comfy.BrowseTemplates")

@@ -1,13 +1,25 @@
 """Graphs as the browser keeps them (UI format) and as the server runs them (API format), both ways."""
 
+from collections.abc import Collection
 from typing import Any
 
 from .server import Graph
 
 WIDGET_TYPES = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
 NOTE_TYPES = {"Note", "MarkdownNote"}
-COLUMN, ROW = 340, 60
-PICTURE_HEIGHT = {"PreviewImage": 280, "SaveImage": 280, "ComparePictures": 120, "PreviewAny": 180}
+BYPASSED = 4
+GAP = 50
+NOTE_SIZE = (700, 250)
+WIDTH = 300
+# Nodes that show something: pixels across, and down beyond their inputs.
+ROOM = {
+    "PreviewImage": (WIDTH, 280),
+    "SaveImage": (WIDTH, 280),
+    "CompareModels": (WIDTH, 170),
+    "ComparePictures": (440, 560),
+    "DHABenchmark": (520, 500),
+    "DHARoutingMap": (520, 460),
+}
 
 
 def list_inputs(info: dict[str, Any]) -> list[tuple[str, Any, dict[str, Any]]]:
@@ -55,46 +67,68 @@ def list_widget_values(inputs: dict[str, Any], info: dict[str, Any]) -> list:
     return values
 
 
-def to_ui(graph: Graph, object_info: dict[str, Any], places: dict[str, tuple[int, int]], note: str) -> dict[str, Any]:
-    """A graph for the browser, from API format; `places` are columns and rows by node id."""
+def to_ui(
+    graph: Graph,
+    object_info: dict[str, Any],
+    columns: list[list[str]],
+    note: str,
+    titles: dict[str, str] | None = None,
+    bypassed: Collection[str] = (),
+) -> dict[str, Any]:
+    """A graph for the browser, from API format; `columns` are node ids from left to right, each from top to bottom."""
     graph = fill_defaults(graph, object_info)
+    places = arrange(graph, object_info, columns)
     nodes: dict[str, dict[str, Any]] = {}
     for order, (key, entry) in enumerate(graph.items()):
         info = object_info[entry["class_type"]]
-        column, row = places[key]
-        widgets = list_widget_values(entry["inputs"], info)
         wanted = [item for item in list_inputs(info) if not is_widget(*item[1:])]
         nodes[key] = {
             "id": int(key),
             "type": entry["class_type"],
-            "pos": [COLUMN * column, ROW * row],
-            "size": [
-                300,
-                estimate_height(info, len(widgets), len(wanted)) + PICTURE_HEIGHT.get(entry["class_type"], 0),
-            ],
+            **({"title": titles[key]} if titles and key in titles else {}),
+            "pos": places[key],
+            "size": list(measure(entry, info)),
             "flags": {},
             "order": order,
-            "mode": 0,
+            "mode": BYPASSED if key in bypassed else 0,
             "inputs": [{"name": name, "type": describe_type(kind), "link": None} for name, kind, _ in wanted],
             "outputs": [
                 {"name": name, "type": describe_type(kind), "links": []}
                 for name, kind in zip(info["output_name"], info["output"], strict=True)
             ],
             "properties": {"Node name for S&R": entry["class_type"]},
-            "widgets_values": widgets,
+            "widgets_values": list_widget_values(entry["inputs"], info),
         }
     links = connect(graph, nodes)
     last = max(int(key) for key in graph) + 1
-    text = {"id": last, "type": "MarkdownNote", "pos": [0, -300], "size": [640, 260], "widgets_values": [note]}
+    text = {"id": last, "type": "MarkdownNote", "pos": [0, -NOTE_SIZE[1] - GAP], "size": list(NOTE_SIZE)}
     text |= {"flags": {}, "order": 0, "mode": 0, "inputs": [], "outputs": [], "properties": {}}
+    text["widgets_values"] = [note]
     ui = {"last_node_id": last, "last_link_id": len(links), "nodes": [*nodes.values(), text], "links": links}
     return ui | {"groups": [], "config": {}, "extra": {}, "version": 0.4}
 
 
-def estimate_height(info: dict[str, Any], widgets: int, sockets: int) -> int:
-    """Pixels that a node needs in the browser; text boxes take the room of four widgets."""
-    boxes = sum(bool(options.get("multiline")) for _, _, options in list_inputs(info))
-    return 40 + 26 * (widgets + 3 * boxes + max(sockets, len(info["output"])))
+def arrange(graph: Graph, object_info: dict[str, Any], columns: list[list[str]]) -> dict[str, list[int]]:
+    """Where each node's upper left corner goes, by id."""
+    places, left = {}, 0
+    for column in columns:
+        sizes = [measure(graph[key], object_info[graph[key]["class_type"]]) for key in column]
+        top = 0
+        for key, (_, height) in zip(column, sizes, strict=True):
+            places[key] = [left, top]
+            top += height + GAP
+        left += max(width for width, _ in sizes) + GAP
+    return places
+
+
+def measure(entry: dict[str, Any], info: dict[str, Any]) -> tuple[int, int]:
+    """Pixels across and down that a node needs in the browser; text boxes take the room of four widgets."""
+    inputs = list_inputs(info)
+    boxes = sum(bool(options.get("multiline")) for _, _, options in inputs)
+    widgets = len(list_widget_values(entry["inputs"], info))
+    sockets = sum(not is_widget(kind, options) for _, kind, options in inputs)
+    width, room = ROOM.get(entry["class_type"], (WIDTH, 0))
+    return width, 40 + 26 * (widgets + 3 * boxes + max(sockets, len(info["output"]))) + room
 
 
 def describe_type(kind: Any) -> str:
@@ -117,23 +151,36 @@ def connect(graph: Graph, nodes: dict[str, dict[str, Any]]) -> list[list]:
 
 
 def to_api(ui: dict[str, Any], object_info: dict[str, Any]) -> Graph:
-    """A browser's graph as the server runs it.
+    """A browser's graph as the server runs it; what is bypassed is left out, and what it got is passed on.
 
-    Raises ValueError for a node that is unknown, muted or bypassed, or whose number of widget values is not the node's.
+    Raises ValueError for a node that is unknown or muted, or whose number of widget values is not the node's.
     """
-    sources = {link[0]: [str(link[1]), link[2]] for link in ui["links"]}
+    nodes = {item["id"]: item for item in ui["nodes"] if item["type"] not in NOTE_TYPES}
+    links = {link[0]: link for link in ui["links"]}
     graph: Graph = {}
-    for item in ui["nodes"]:
-        if item["type"] in NOTE_TYPES:
+    for item in nodes.values():
+        if item["type"] not in object_info or item["mode"] not in (0, BYPASSED):
+            raise ValueError(f"Node {item['id']} ({item['type']}) is unknown to this ComfyUI or muted")
+        if item["mode"] == BYPASSED:
             continue
-        if item["type"] not in object_info or item["mode"] != 0:
-            raise ValueError(f"Node {item['id']} ({item['type']}) is unknown to this ComfyUI, muted or bypassed")
         inputs = read_widgets(item, object_info[item["type"]])
         for socket in item["inputs"]:
-            if socket["link"] is not None:
-                inputs[socket["name"]] = sources[socket["link"]]
+            if (source := find_source(socket["link"], links, nodes)) is not None:
+                inputs[socket["name"]] = source
         graph[str(item["id"])] = {"class_type": item["type"], "inputs": inputs}
     return graph
+
+
+def find_source(link: int | None, links: dict[int, list], nodes: dict[int, dict[str, Any]]) -> list | None:
+    """Where a link comes from, behind all bypassed nodes: these hand an output's type on from an input of that type."""
+    while link is not None:
+        _, origin, slot, _, _, kind = links[link]
+        if nodes[origin]["mode"] != BYPASSED:
+            return [str(origin), slot]
+        inputs = nodes[origin]["inputs"]
+        same = [socket for socket in [*inputs[slot : slot + 1], *inputs] if socket["type"] == kind]
+        link = same[0]["link"] if same else None
+    return None
 
 
 def read_widgets(item: dict[str, Any], info: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,85 @@
+"""Write the shipped workflows anew, as the nodes are now, and with --thumbnails draw their pictures."""
+
+import argparse
+import io
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from PIL import Image, ImageDraw
+
+from .examples import EXAMPLES
+from .formats import to_api
+from .graphs import FOLDER
+from .server import Server, find_comfyui, serve
+
+SIDE = 384  # pixels of a thumbnail
+PAPER = (24, 24, 26)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file in one go: it is there whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_bytes(content)
+    os.replace(partial, path)
+
+
+def build_workflows(object_info: dict) -> dict[str, dict]:
+    """The shipped workflows in UI format by name."""
+    return {name: make().build(object_info) for name, make in EXAMPLES.items()}
+
+
+def draw_thumbnails(server: Server, workflows: dict[str, dict]) -> Iterator[tuple[str, bytes]]:
+    """Run every workflow; its name and its thumbnail as JPEG. Raises ServerError."""
+    object_info = server.get("/object_info")
+    for name, ui in workflows.items():
+        outcome = server.run(to_api(ui, object_info))
+        shown = [server.fetch(outcome.outputs[node][key][0]) for node, key in EXAMPLES[name]().shown]
+        pictures = [Image.open(io.BytesIO(file)).convert("RGB") for file in shown]
+        buffer = io.BytesIO()
+        frame(join(pictures)).save(buffer, "JPEG", quality=85)
+        yield name, buffer.getvalue()
+
+
+def join(pictures: list[Image.Image]) -> Image.Image:
+    """One picture as it is; of two the left half of the first and the right half of the second, as under a slider."""
+    first, last = pictures[0], pictures[-1]
+    if len(pictures) == 1:
+        return first
+    joined, middle = first.copy(), first.width // 2
+    joined.paste(last.resize(first.size).crop((middle, 0, *first.size)), (middle, 0))
+    ImageDraw.Draw(joined).line((middle, 0, middle, first.height), "white")
+    return joined
+
+
+def frame(picture: Image.Image) -> Image.Image:
+    """A square thumbnail with the whole picture in it."""
+    scale = SIDE / max(picture.size)
+    small = picture.resize([max(1, round(side * scale)) for side in picture.size], Image.Resampling.LANCZOS)
+    square = Image.new("RGB", (SIDE, SIDE), PAPER)
+    square.paste(small, ((SIDE - small.width) // 2, (SIDE - small.height) // 2))
+    return square
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--comfyui", help="folder of a ComfyUI (default: COMFYUI_PATH)")
+    parser.add_argument("--out", type=Path, default=FOLDER, help="folder for the files (default: this package)")
+    parser.add_argument("--thumbnails", action="store_true", help="run all of them and write NAME.jpg as well")
+    arguments = parser.parse_args()
+    print("Starting a ComfyUI ...", flush=True)
+    with tempfile.TemporaryDirectory() as base, serve(find_comfyui(arguments.comfyui), Path(base)) as server:
+        workflows = build_workflows(server.get("/object_info"))
+        for name, ui in workflows.items():
+            write_bytes(arguments.out / f"{name}.json", (json.dumps(ui, indent=1) + "\n").encode())
+            print(f"{name}.json: {len(ui['nodes'])} nodes", flush=True)
+        if arguments.thumbnails:
+            for name, thumbnail in draw_thumbnails(server, workflows):
+                write_bytes(arguments.out / f"{name}.jpg", thumbnail)
+                print(f"{name}.jpg: {len(thumbnail) / 1000:.0f} kB", flush=True)
+
+
+if __name__ == "__main__":
+    main()
