@@ -12,7 +12,7 @@ from dha.config import DHAConfig
 from dha.sites import SITES
 
 from .ablation_rows import GROUPS, TrainedRow, list_context_rows, list_part_rows, list_stage_rows
-from .attention_cost import count_cost, count_full
+from .attention_cost import count_cost, count_full, match_budget
 from .cache import write_whole
 from .comparison import Comparison, add_arguments
 from .corpus import open_corpus
@@ -26,8 +26,9 @@ from .students import describe, read_students, training_free
 from .subject import list_null_band
 
 NOTE = (
-    "Every trained row was given the same time, in steps by the measured pace of its stages. Attention cost: multiply-adds "
-    "of a replaced layer of the finest level, as a share of the teacher's; official has the sparsity that costs as much."
+    "Every trained row was given the same time, in steps by the measured pace of its stages. Attention cost: "
+    "multiply-adds of a layer at the finest level as a share of the teacher's; official has the sparsity that costs as "
+    "much, and the training-free form comes with the student's number of keys and at the student's cost."
 )
 
 
@@ -45,13 +46,13 @@ def read_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace
 
 
 def list_rows(args: argparse.Namespace, student: DHAConfig, side: int, channels: int) -> list[TrainedRow]:
-    """The trained rows asked for; raises ValueError for an unknown name."""
+    """The trained rows of the groups asked for; raises ValueError when `--only` names another one."""
     stages = list_stage_rows(student, args.preset, side, channels) if "stages" in args.groups else []
     parts = list_part_rows(student, args.preset) if "parts" in args.groups else []
     rows = [*stages, *parts]
     if unknown := sorted(set(args.only or ()) - {row.name for row in rows}):
         raise ValueError(f"there is no row {unknown[0]!r}; the rows are {', '.join(repr(row.name) for row in rows)}")
-    return [row for row in rows if not args.only or row.name in args.only]
+    return rows
 
 
 def row_settings(args: argparse.Namespace, row: TrainedRow) -> Settings:
@@ -72,18 +73,24 @@ def name_run(settings: Settings, *more: object) -> str:
     return hashlib.sha256(json.dumps([settings.describe_run(), *more]).encode()).hexdigest()[:8]
 
 
-def plan_row(args: argparse.Namespace, row: TrainedRow, comparison: Comparison, corpus) -> Settings:
-    """A row's settings with as many steps of each stage as the time allows, measured once and then kept."""
-    settings, teacher = row_settings(args, row), comparison.teacher
-    pairs = len(corpus)
-    plan = args.out / "plans" / f"{row.stem}-{name_run(settings, args.seconds, row.shares, pairs)}.json"
+def plan_rows(
+    args: argparse.Namespace, rows: list[TrainedRow], teacher: Teacher, corpus
+) -> list[tuple[TrainedRow, Settings]]:
+    """Rows with their settings and as many steps of each stage as the time allows, measured once and then kept."""
+    settings = {row.name: (row, row_settings(args, row)) for row in rows}
+    names = [name_run(own, row.shares) for row, own in settings.values()]
+    key = hashlib.sha256(json.dumps([names, args.seconds, len(corpus)]).encode()).hexdigest()[:8]
+    plan = args.out / f"plan-{key}.json"
     if not plan.is_file():
-        steps = plan_steps(teacher, corpus, settings, args.seconds, row.shares)
-        plan.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(plan, json.dumps(steps).encode())
-    parts = {name: replace(getattr(settings, name), steps=n) for name, n in json.loads(plan.read_text()).items()}
-    planned = replace(settings, **parts)
-    stem = f"{row.stem}-{name_run(planned, teacher.fingerprint, pairs)}"
+        write_whole(plan, json.dumps(plan_steps(teacher, corpus, settings, args.seconds), indent=1).encode())
+    steps = json.loads(plan.read_text())
+    return [(row, name_files(own, steps[row.name], teacher, len(corpus))) for row, own in settings.values()]
+
+
+def name_files(settings: Settings, steps: dict[str, int], teacher: Teacher, pairs: int) -> Settings:
+    """Settings with planned steps, whose files are named for all that decides the student."""
+    planned = replace(settings, **{name: replace(getattr(settings, name), steps=n) for name, n in steps.items()})
+    stem = f"{planned.out.stem}-{name_run(planned, teacher.fingerprint, pairs)}"
     return replace(planned, output=replace(planned.output, file=str(planned.out.with_stem(stem))))
 
 
@@ -114,13 +121,11 @@ def run_ablation(args: argparse.Namespace) -> list[Path]:
     side = -(-args.size // 8 >> level)
     channels = next(teacher.architecture.channels[site.name] for site in SITES if site.level == level)
     rows = list_rows(args, student, side, channels)
-    configs = {(free := training_free(student.levels, student.token_budget)).name: DHAConfig.from_json(free.identity)}
-    contexts = list_context_rows(student.levels) if "contexts" in args.groups else []
-    for subject in [*list_null_band(args.steps), free, *contexts]:
-        comparison.measure(subject)
+    configs = measure_untrained(args, comparison, student, side, channels)
     files = []
-    for row in rows:
-        settings = plan_row(args, row, comparison, corpus)
+    for row, settings in plan_rows(args, rows, teacher, corpus):
+        if args.only and row.name not in args.only:
+            continue
         spent = train_row(settings, teacher, corpus)
         files.append(settings.out)
         configs[row.name] = measure_row(row, settings.out, comparison)
@@ -129,6 +134,22 @@ def run_ablation(args: argparse.Namespace) -> list[Path]:
     for name, config in configs.items():
         comparison.rows[name]["attention_cost"] = count_cost(config, side, channels) / full
     return write_report(comparison.report("dkd_trainer.ablation", files, NOTE), args.out, "ablation")
+
+
+def measure_untrained(
+    args: argparse.Namespace, comparison: Comparison, student: DHAConfig, side: int, channels: int
+) -> dict[str, DHAConfig]:
+    """The null band, the training-free form with the student's keys and at its cost, and contexts if asked for.
+
+    Returns the configurations of the training-free forms by name.
+    """
+    plain = DHAConfig(levels=student.levels, token_budget=student.token_budget)
+    richer = match_budget(plain, count_cost(student, side, channels), side, channels)
+    free = [(training_free(c.levels, c.token_budget), c) for c in dict.fromkeys((plain, richer))]
+    contexts = list_context_rows(student.levels) if "contexts" in args.groups else []
+    for subject in [*list_null_band(args.steps), *(subject for subject, _ in free), *contexts]:
+        comparison.measure(subject)
+    return {subject.name: config for subject, config in free}
 
 
 def common_student(args: argparse.Namespace) -> DHAConfig:

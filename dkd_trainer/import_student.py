@@ -1,4 +1,4 @@
-"""`python -m dkd_trainer.import_student`: a published DHA student becomes a file for Load DHA Student.
+"""`python -m dkd_trainer import`: a published DHA student becomes a file for Load DHA Student.
 
 The published training changed the UNet's decoder as well, which a student's file cannot hold. With `--base` what
 differs from that checkpoint is written beside the student, for ComfyUI's own *Load LoRA (Model)* at strength 1. The
@@ -28,7 +28,7 @@ TRAINED = ("output_blocks.", "out.")  # of the trunk, by the published training
 def read_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m dkd_trainer.import_student",
+        prog="python -m dkd_trainer import",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -117,12 +117,13 @@ def name_patch(name: str) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    for line in import_student(read_arguments(arguments)):
-        print(line)
+    args = read_arguments(arguments)
+    try:
+        for line in import_student(args):
+            print(line)
+    except (OSError, ValueError) as error:
+        sys.exit(f"dkd_trainer import: {error}")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (OSError, ValueError) as error:
-        sys.exit(f"dkd_trainer.import_student: {error}")
+    main()

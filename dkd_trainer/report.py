@@ -38,8 +38,12 @@ class Column(NamedTuple):
     digits: str = ".3g"
 
 
+ERROR = Column("error", "error mean", ".4f")
 QUALITY = (
-    Column("error", "error mean", ".4f"),
+    Column("training s", "train_seconds", ".0f"),
+    Column("steps", "train_steps", ".0f"),
+    Column("attention cost", "attention_cost", ".1%"),
+    ERROR,
     Column("latents", "latent_error", ".3f"),
     Column("PSNR", "psnr", ".1f"),
     Column("SSIM", "ssim", ".3f"),
@@ -61,13 +65,15 @@ FREQUENCIES = tuple(Column(f"DCT {name}", f"dct_{name}", ".3f") for name in NAME
 class Report:
     """All there is to say: what ran where (`record`), `settings`, figures by subject, step times, and pictures.
 
-    `families` are family and label of each subject in the plots, `missing` names metrics that could not be computed.
+    `families` are family and label of each subject in the plots, `ours` the forms of DHA among them, `missing` names
+    metrics that could not be computed.
     """
 
     record: dict[str, str]
     settings: dict
     rows: dict[str, Row]
     families: dict[str, tuple[str, str]]
+    ours: set[str]
     timing: list[dict]
     missing: dict[str, str]
     sheet: list[tuple[str, Tensor]]
@@ -91,28 +97,19 @@ def to_document(report: Report) -> dict:
 
 
 def compare_at_equal_time(report: Report, times: dict[str, dict]) -> dict[str, dict]:
-    """For every student and training-free form, the best of the peers that take at least as long a step.
+    """For every form of DHA, the best of the peers that take at least as long a step; empty without any peers.
 
     Times are those relative to the teacher's in the same round, which a machine's moods disturb least.
     """
-    is_ours = {name: family_is_ours(report, name) for name in times if "error mean" in report.rows.get(name, {})}
+    errors = {name: report.rows[name]["error mean"] for name in times if "error mean" in report.rows[name]}
+    peers = set(errors) - report.ours
     found = {}
-    for name in (name for name, ours in is_ours.items() if ours):
-        slower = [
-            peer
-            for peer, ours in is_ours.items()
-            if not ours and times[peer]["relative"] * EQUAL >= times[name]["relative"]
-        ]
-        best = min(slower, key=lambda peer: report.rows[peer]["error mean"], default=None)
-        better = best is None or report.rows[name]["error mean"] < report.rows[best]["error mean"]
+    for name in (name for name in errors if name in report.ours and peers):
+        slower = [peer for peer in peers if times[peer]["relative"] * EQUAL >= times[name]["relative"]]
+        best = min(slower, key=lambda peer: errors[peer], default=None)
+        better = best is None or errors[name] < errors[best]
         found[name] = {"peers": len(slower), "best": best, "better": better}
     return found
-
-
-def family_is_ours(report: Report, name: str) -> bool:
-    """Whether a subject is a form of DHA: a student's file or the training-free form."""
-    family = report.families.get(name, ("", ""))[0]
-    return family.startswith("DHA") or f"{family}.safetensors" in report.settings["students"]
 
 
 def tabulate(rows: dict[str, Row], columns: tuple[Column, ...]) -> tuple[list[str], list[list[str]]]:
@@ -167,8 +164,9 @@ def tabulate_time(report: Report, timing: dict, equal: dict[str, dict]) -> tuple
     for name, t in sorted(timing["subjects"].items(), key=lambda item: item[1]["relative"]):
         quartiles = f"{1e3 * t['q1']:.4g} to {1e3 * t['q3']:.4g}"
         figures = [f"{1e3 * t['seconds']:.4g}", quartiles, f"{t['relative']:.3f}", f"{t['attention_pairs']:.1%}"]
-        error = write_figure(report.rows[name], QUALITY[0])
-        cells.append([name, *figures, error, say_equal(equal.get(name))])
+        cells.append([name, *figures, write_figure(report.rows[name], ERROR), say_equal(equal.get(name))])
+    if not equal:
+        return title, head[:-1], [row[:-1] for row in cells]
     return title, head, cells
 
 
@@ -181,9 +179,9 @@ def say_equal(against: dict | None) -> str:
     return f"{against['best']}: has {'more' if against['better'] else 'less'} error"
 
 
-def draw_plots(report: Report) -> dict[str, tuple[str, bytes]]:
+def draw_plots(report: Report, stem: str) -> dict[str, tuple[str, bytes]]:
     """Caption and PNG by file name: rows of pictures, time against error, error by timestep."""
-    plots = {"evaluation.png": ("The same prompts and seeds in every column", draw_sheet(report.sheet))}
+    plots = {f"{stem}.png": ("The same prompts and seeds in every column", draw_sheet(report.sheet))}
     for timing in report.timing:
         points = [
             Point(*report.families[name], t["relative"], report.rows[name]["error mean"])
@@ -194,7 +192,7 @@ def draw_plots(report: Report) -> dict[str, tuple[str, bytes]]:
             size = f"{timing['size']}x{timing['size']}"
             title = f"Error against the time of a UNet step at {size} ({timing['architecture']})"
             png = draw_points(points, title, "time of a step, the teacher's is 1", "error of the prediction", mark=1.0)
-            plots[f"pareto-{timing['size']}.png"] = (title, png)
+            plots[f"{stem}-pareto-{timing['size']}.png"] = (title, png)
     lines = [
         Point(name, "", (low + high) / 2, report.rows[name][f"error {low}-{high}"])
         for name in choose_lines(report)
@@ -202,14 +200,14 @@ def draw_plots(report: Report) -> dict[str, tuple[str, bytes]]:
     ]
     if lines:
         title = "Error by timestep"
-        plots["timesteps.png"] = (title, draw_points(lines, title, "timestep", "error of the prediction"))
+        plots[f"{stem}-timesteps.png"] = (title, draw_points(lines, title, "timestep", "error of the prediction"))
     return plots
 
 
 def choose_lines(report: Report) -> list[str]:
     """All forms of DHA and the first member of every other family: more lines than that cannot be told apart."""
     first = {family: name for name, (family, _) in reversed(report.families.items())}
-    named = [name for name in report.families if family_is_ours(report, name) or name in first.values()]
+    named = [name for name in report.families if name in report.ours or name in first.values()]
     return [name for name in named if report.rows[name].get("error mean")]
 
 
@@ -219,13 +217,13 @@ def describe_settings(report: Report) -> str:
     return (
         f"{s['teacher']} ({s['architecture']}, {s['prediction']} prediction), held-out pairs {s['held_out_pairs']}, "
         f"{s['size']}x{s['size']}, {s['sampler']}, {s['steps']} steps, cfg {s['cfg']:g}, {s['dtype']}, "
-        f"on {r['hardware']}; torch {r['torch']}, ComfyUI {r['comfyui']}, commit {r['commit']}."
+        f"on {r['hardware']}; torch {r['torch']}, ComfyUI {r['comfyui']}, commit {r['commit']}. {s['note']}"
     )
 
 
-def to_markdown(report: Report, tables: list, plots: dict[str, tuple[str, bytes]]) -> str:
+def to_markdown(heading: str, report: Report, tables: list, plots: dict[str, tuple[str, bytes]]) -> str:
     """Set-up, tables, plots and what was left out."""
-    lines = ["# Evaluation", "", describe_settings(report), "", f"`{report.record['command']}`", "", DEFINITIONS]
+    lines = [f"# {heading}", "", describe_settings(report), "", f"`{report.record['command']}`", "", DEFINITIONS]
     for title, head, cells in tables:
         lines += ["", f"## {title}", "", f"| {' | '.join(head)} |", "|---" + "|---:" * (len(head) - 1) + "|"]
         lines += [f"| {' | '.join(row)} |" for row in cells]
@@ -235,12 +233,13 @@ def to_markdown(report: Report, tables: list, plots: dict[str, tuple[str, bytes]
     return "\n".join(lines) + "\n"
 
 
-def to_html(report: Report, tables: list, plots: dict[str, tuple[str, bytes]]) -> str:
+def to_html(heading: str, report: Report, tables: list, plots: dict[str, tuple[str, bytes]]) -> str:
     """One page that needs no other file."""
     loader = FileSystemLoader(Path(__file__).parent)
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
     pictures = [(caption, base64.b64encode(png).decode()) for caption, png in plots.values()]
     return environment.get_template("report.html.j2").render(
+        heading=heading,
         settings=describe_settings(report),
         command=report.record["command"],
         definitions=DEFINITIONS,
@@ -250,14 +249,14 @@ def to_html(report: Report, tables: list, plots: dict[str, tuple[str, bytes]]) -
     )
 
 
-def write_report(report: Report, out: Path) -> list[Path]:
-    """Write evaluation.json, .md, .html and the plots into a folder; the files that were written."""
+def write_report(report: Report, out: Path, stem: str) -> list[Path]:
+    """Write `stem`.json, .md, .html, .png and the plots into a folder; the files that were written."""
     document = to_document(report)
-    tables, plots = list_tables(report, document), draw_plots(report)
+    tables, plots = list_tables(report, document), draw_plots(report, stem)
     files = {name: png for name, (_, png) in plots.items()}
-    files["evaluation.json"] = json.dumps(document, indent=1, allow_nan=False).encode()
-    files["evaluation.md"] = to_markdown(report, tables, plots).encode()
-    files["evaluation.html"] = to_html(report, tables, plots).encode()
+    files[f"{stem}.json"] = json.dumps(document, indent=1, allow_nan=False).encode()
+    files[f"{stem}.md"] = to_markdown(stem.capitalize(), report, tables, plots).encode()
+    files[f"{stem}.html"] = to_html(stem.capitalize(), report, tables, plots).encode()
     out.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         write_whole(out / name, content)

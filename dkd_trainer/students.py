@@ -49,13 +49,15 @@ def list_students(students: dict[Path, Student], budgets: list[float] | None) ->
 
 
 def training_free(levels: tuple[int, ...], budget: float) -> Subject:
-    """The same context without any training."""
+    """The same context without any training; `identity` is its configuration as JSON."""
     config = DHAConfig(levels=levels, token_budget=budget)
 
     def build(teacher: Teacher, _side: int) -> dict:
         return student_options(Student(config, teacher.architecture))
 
-    return Subject(name_budget(TRAINING_FREE, budget), TRAINING_FREE, build, percent(budget), config.to_json())
+    return Subject(
+        name_budget(TRAINING_FREE, budget), TRAINING_FREE, build, percent(budget), config.to_json(), is_dha=True
+    )
 
 
 def describe(file: Path, student: Student, budget: float | None) -> Subject:
@@ -67,7 +69,7 @@ def describe(file: Path, student: Student, budget: float | None) -> Subject:
         return student_options(fit_student(student, teacher), budget)
 
     attributes = student.list_attributes([site.block for site in student.list_sites()])
-    return Subject(name, file.stem, build, label, f"{name_file(file)} {budget}", attributes=attributes)
+    return Subject(name, file.stem, build, label, f"{name_file(file)} {budget}", attributes=attributes, is_dha=True)
 
 
 def name_budget(name: str, budget: float) -> str:

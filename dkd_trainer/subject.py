@@ -37,6 +37,7 @@ class Subject:
     seed: int = 11
     dtype: torch.dtype | None = None
     attributes: Mapping[str, int] = field(default_factory=dict)
+    is_dha: bool = False
 
     @property
     def key(self) -> dict[str, object]:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from safetensors.torch import save_file
 
-from dkd_trainer.metrics import features, kernel_distance, pictures, prompt_score
+from dkd_trainer.metrics import bands, features, kernel_distance, pictures, prompt_score, published
 from dkd_trainer.metrics.captions import PAIRS, Parts, list_distractors, parse_caption
 from dkd_trainer.metrics.phrases import PhraseTable
 from dkd_trainer.mini.data import load_emoji, plan_held_out, to_tensor
@@ -123,22 +123,32 @@ def test_kernel_distance_agrees_with_the_sum_over_pairs():
 
 def test_kernel_distance_has_no_bias():
     generator = torch.Generator().manual_seed(1)
-    draws = [
-        kernel_distance.kernel_distance(*torch.randn(2, 20, 8, generator=generator).unbind()) for _ in range(400)
-    ]
+    draws = [kernel_distance.kernel_distance(*torch.randn(2, 20, 8, generator=generator).unbind()) for _ in range(400)]
     mean, error = np.mean(draws), np.std(draws) / 20
     assert abs(mean) < 4 * error
     assert min(draws) < 0 < max(draws)
 
 
-def test_estimate_covers_the_distance_and_repeats():
+def test_jackknife_error_is_the_spread_over_new_draws():
     generator = torch.Generator().manual_seed(2)
-    x, y = torch.randn(400, 16, generator=generator), torch.randn(400, 16, generator=generator) + 0.5
-    whole = kernel_distance.kernel_distance(x, y)
-    estimate = kernel_distance.estimate_distance(x, y, subsets=40, size=100)
-    assert estimate == kernel_distance.estimate_distance(x, y, subsets=40, size=100)
-    assert 0 < estimate.error < 0.1 * whole
-    assert abs(estimate.mean - whole) < 4 * estimate.error
+    draws = []
+    for _ in range(60):
+        x, y = torch.randn(40, 6, generator=generator), torch.randn(40, 6, generator=generator) + 0.5
+        draws.append(kernel_distance.jackknife_distance(x, y))
+        assert draws[-1].mean == pytest.approx(kernel_distance.kernel_distance(x, y), rel=1e-9)
+    spread, claimed = np.std([d.mean for d in draws]), np.mean([d.error for d in draws])
+    assert 0.6 * spread < claimed < 1.7 * spread
+
+
+def test_change_of_paired_sets_is_known_better_than_either_distance():
+    generator = torch.Generator().manual_seed(3)
+    x, y = torch.randn(60, 6, generator=generator), torch.randn(60, 6, generator=generator) + 0.5
+    near = x + 0.05 * torch.randn(60, 6, generator=generator)
+    whole, change = kernel_distance.jackknife_distance(near, y), kernel_distance.jackknife_distance(near, y, than=x)
+    assert 0 < change.error < 0.3 * whole.error
+    difference = kernel_distance.kernel_distance(near, y) - kernel_distance.kernel_distance(x, y)
+    assert change.mean == pytest.approx(difference, abs=1e-9)
+    assert kernel_distance.jackknife_distance(x, y, than=x) == (0.0, 0.0)
 
 
 def test_kernel_distance_refuses_what_it_cannot_compare():
@@ -147,7 +157,38 @@ def test_kernel_distance_refuses_what_it_cannot_compare():
     with pytest.raises(ValueError, match="at least 2"):
         kernel_distance.kernel_distance(torch.rand(1, 8), torch.rand(4, 8))
     with pytest.raises(ValueError, match="at least 4"):
-        kernel_distance.estimate_distance(torch.rand(3, 8), torch.rand(9, 8))
+        kernel_distance.jackknife_distance(torch.rand(3, 8), torch.rand(3, 8))
+    with pytest.raises(ValueError, match="expected pairs"):
+        kernel_distance.jackknife_distance(torch.rand(8, 8), torch.rand(9, 8))
+
+
+def test_bands_tell_layout_from_fine_detail():
+    flat, checks = torch.ones(1, 4, 16, 16), torch.ones(1, 4, 16, 16)
+    checks[..., ::2, ::2] = checks[..., 1::2, 1::2] = -1
+    energies = bands.band_energies(torch.cat([flat, checks]))
+    torch.testing.assert_close(energies[0], torch.tensor([1024.0, 0.0, 0.0]), atol=1e-3, rtol=0)
+    low, _, high = energies[1].tolist()
+    assert high > 0.6 * 1024 and low < 0.1 * 1024
+
+
+def test_frechet_distance_of_known_gaussians():
+    generator = torch.Generator().manual_seed(4)
+    x = torch.randn(4000, 3, generator=generator)
+    y = 2 * torch.randn(4000, 3, generator=generator) + torch.tensor([1.0, 0.0, 0.0])
+    assert published.frechet_distance(x, y) == pytest.approx(1 + 3 * (2 - 1) ** 2, rel=0.1)
+    assert abs(published.frechet_distance(x, x)) < 1e-6
+
+
+def test_metrics_whose_weights_are_not_here_say_so_and_are_left_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    found, missing = published.find_published(None, "ViT-B-32")
+    assert found == {"alone": {}, "pairs": {}}
+    assert "alexnet" in missing["LPIPS"] and "--clip-weights" in missing["CLIP score"] and "inception" in missing["FID"]
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "lpips is not installed" in published.find_published(None, "ViT-B-32")[1]["LPIPS"]
+    with pytest.raises(FileNotFoundError, match="no CLIP weights"):
+        published.find_published(tmp_path / "none.pt", "ViT-B-32")
 
 
 class NarrowNet(torch.nn.Module):
@@ -223,7 +264,7 @@ def test_parse_reads_what_scenes_write():
     concepts = [SimpleNamespace(label=label, tags=()) for label in ("red apple", "bow and arrow")]
     for kind in KINDS:
         second = "bow and arrow" if kind in PAIRS else ""
-        caption = write_caption(Scene(kind, 0, 1, "glossy 3d", "sky blue", 0.8, (0, 0)), concepts)
+        caption = write_caption(Scene(kind, 0, 1, "glossy 3d", "sky blue"), concepts)
         assert parse_caption(caption, {"red apple", "bow and arrow"}) == (
             "red apple", second, kind, "glossy 3d", "sky blue"
         )  # fmt: skip
@@ -268,9 +309,7 @@ def test_a_trained_scorer_ranks_the_true_caption_first_and_survives_its_file(tmp
     torch.manual_seed(0)
     prompt_score.train_heads(scorer, grid, rows, rows, steps=30, batch=16)
     words = {"left": "{} left of {}", "above": "{} above {}", "checkerboard": "checkerboard of {} and {}"}
-    captions = [
-        f"{words[p.kind].format(p.first, p.second)}, {p.style} style, {p.background} background" for p in parts
-    ]
+    captions = [f"{words[p.kind].format(p.first, p.second)}, {p.style} style, {p.background} background" for p in parts]
     prompt_score.calibrate(scorer, grid, captions)
     report = prompt_score.report_quality(scorer, grid.repeat(4, 1, 1), captions * 4)
     assert report["score, real pictures"] > 0.6 > 2 * report["score, shuffled captions"]

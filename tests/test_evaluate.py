@@ -1,0 +1,292 @@
+"""The evaluation on the real mini teacher: what it measures, what it keeps, what it compares, what it writes."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+from conftest import relate
+from PIL import Image
+
+from dha.config import DHAConfig
+from dkd_trainer import charts
+from dkd_trainer.attention_cost import count_cost, count_full, match_budget, match_sparsity
+from dkd_trainer.report import Report, compare_at_equal_time, write_report
+from dkd_trainer.summary import judge_null_band, summarise
+
+pytest.importorskip("efficientnet_lite_pytorch", reason="picture features come with the extra `train`")
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    """Ten small pictures with prompts."""
+    folder = tmp_path_factory.mktemp("held-out")
+    rng = np.random.default_rng(0)
+    for i in range(10):
+        grid = rng.integers(0, 255, (4, 4, 3), dtype=np.uint8)
+        Image.fromarray(grid).resize((64, 64), Image.NEAREST).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(f"picture {i}")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def teacher(studio):
+    from dkd_trainer.host import Teacher
+
+    return Teacher(studio.checkpoint, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    return tmp_path_factory.mktemp("evaluation")
+
+
+@pytest.fixture
+def arguments(studio, pairs, out):
+    return [
+        *("--teacher", str(studio.checkpoint), "--held-out", str(pairs), "--out", str(out), "--device", "cpu"),
+        *("--size", "64", "--count", "5", "--steps", "2", "--rounds", "0"),
+    ]
+
+
+@pytest.fixture
+def student(studio):
+    return str(studio.write_student("evaluated"))
+
+
+def read(arguments, *more):
+    from dkd_trainer.evaluate import read_arguments
+
+    return read_arguments([*arguments, *more])
+
+
+def test_a_stopped_evaluation_goes_on_with_what_was_measured(arguments, student, out, monkeypatch):
+    from dkd_trainer import comparison, evaluate
+
+    args = read(arguments, "--students", student, "--no-peers")
+    measure, names = comparison.measure_subject, []
+
+    def stop_at_the_student(teacher, subject, *more):
+        if subject.name.startswith("evaluated"):
+            raise KeyboardInterrupt
+        names.append(subject.name)
+        return measure(teacher, subject, *more)
+
+    monkeypatch.setattr(comparison, "measure_subject", stop_at_the_student)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.evaluate(args)
+    assert len(names) == 5 and not (out / "evaluation.json").exists()
+    monkeypatch.setattr(comparison, "measure_subject", lambda t, s, *more: names.append(s.name) or measure(t, s, *more))
+    evaluate.evaluate(args)
+    assert len(names) == 6 and names[-1].startswith("evaluated")
+    first = json.loads((out / "evaluation.json").read_text())["rows"]
+    evaluate.evaluate(args)
+    assert len(names) == 6
+    assert json.loads((out / "evaluation.json").read_text())["rows"] == first
+    evaluate.evaluate(read(arguments, "--students", student, "--no-peers", "--cfg", "2"))
+    assert len(names) == 12
+
+
+def test_rows_put_harmless_changes_below_another_seed(arguments, student, out):
+    from dkd_trainer import evaluate
+
+    evaluate.evaluate(read(arguments, "--students", student, "--no-peers"))
+    document = json.loads((out / "evaluation.json").read_text())
+    rows = document["rows"]
+    assert 0 < rows["teacher, bf16"]["error mean"] < 0.1 * rows["evaluated, 12.5 % of the keys"]["error mean"]
+    for figure in ("latent_error", "perceptual", "dct_low", "dct_high"):
+        assert 0 < rows["teacher, bf16"][figure] < rows["teacher, another seed"][figure]
+    assert rows["teacher, bf16"]["psnr"] > rows["teacher, another seed"]["psnr"]
+    assert "error mean" not in rows["teacher, another seed"] and rows["teacher"]["kid_change_x1e3"] == 0
+    assert rows["evaluated, 12.5 % of the keys"]["kid_change_x1e3_error"] > 0
+    assert {"command", "commit", "hardware", "torch"} <= set(document)
+    settings = document["settings"]
+    assert (settings["sampler"], settings["steps"], settings["cfg"], settings["dtype"]) == ("Euler", 2, 4.0, "fp32")
+
+
+def test_choosing_and_reporting_use_different_pairs(teacher, pairs, tmp_path):
+    from dkd_trainer.held_out import open_held_out
+    from dkd_trainer.source import DataError
+
+    first, second = (open_held_out(pairs, teacher, tmp_path, 64, skip, 5) for skip in (0, 5))
+    assert not set(first.prompts) & set(second.prompts) and first.identity != second.identity
+    with pytest.raises(DataError, match="holds 10 usable pairs, expected 12"):
+        open_held_out(pairs, teacher, tmp_path, 64, 6, 6)
+
+
+def predict(teacher, subject, seed=0):
+    from dkd_trainer.subject import Running
+
+    x = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(1))
+    context = torch.randn(2, 77, teacher.architecture.context, generator=torch.Generator().manual_seed(2))
+    running = Running(teacher, subject, 16)
+    torch.manual_seed(seed)
+    with torch.inference_mode():
+        return running.predict(x, torch.tensor([400, 700]), context)
+
+
+@pytest.mark.parametrize(
+    ("node", "settings", "name"),
+    [
+        ("TomePatchModel", {"ratio": 0.5}, "ToMe, 50 % merged"),
+        ("HyperTile", {"tile_size": 64, "swap_size": 2, "max_depth": 0, "scale_depth": False}, "HyperTile, 2x2 tiles"),
+    ],
+)
+def test_core_nodes_as_peers_do_what_they_do_in_comfyui(studio, teacher, node, settings, name):
+    from dkd_trainer.peers import list_peers
+    from dkd_trainer.subject import Subject
+
+    peer = next(subject for subject in list_peers((0,)) if subject.name == name)
+    patched = studio.call(node, model=studio.model, **settings)
+    by_node = Subject("node", "node", lambda *_: patched.model_options["transformer_options"])
+    found = predict(teacher, peer)
+    assert torch.equal(found, predict(teacher, by_node))
+    assert relate(found, predict(teacher, Subject("teacher", "teacher"))) > 1e-3
+
+
+def test_peers_that_keep_everything_are_the_teacher(teacher):
+    from dkd_trainer import peers
+    from dkd_trainer.subject import Subject
+
+    expected = predict(teacher, Subject("teacher", "teacher"))
+    for subject in (peers.strided((0, 1), 1), peers.pooled((0, 1), 1), peers.windowed((0, 1), 1)):
+        assert relate(predict(teacher, subject), expected) < 1e-5
+    for subject in (peers.strided((0,), 2), peers.pooled((0,), 2), peers.windowed((0,), 2), peers.removed((0,))):
+        assert relate(predict(teacher, subject), expected) > 1e-3
+
+
+def test_windows_refuse_a_size_that_they_cannot_cut(teacher):
+    from dkd_trainer.peers import windowed
+
+    with pytest.raises(ValueError, match="cannot be cut into 3x3"):
+        predict(teacher, windowed((0,), 3))
+
+
+def test_lower_precision_runs_on_a_copy(teacher):
+    from dkd_trainer.subject import Subject
+
+    before = next(teacher.unet.parameters()).dtype
+    exact = predict(teacher, Subject("teacher", "teacher"))
+    rounded = predict(teacher, Subject("bf16", "null", dtype=torch.bfloat16))
+    assert 0 < relate(rounded, exact) < 0.1 and next(teacher.unet.parameters()).dtype == before
+
+
+def test_changed_attributes_are_set_back_after_every_call(teacher):
+    from dkd_trainer.subject import Subject
+
+    path = "input_blocks.1.1.norm.num_groups"
+    changed = predict(teacher, Subject("four groups", "x", attributes={path: 4}))
+    assert relate(changed, predict(teacher, Subject("teacher", "teacher"))) > 1e-4
+    assert teacher.unet.get_submodule("input_blocks.1.1.norm").num_groups == 32
+
+
+def test_step_times_are_relative_to_the_first_subject_and_count_pairs(teacher):
+    from dkd_trainer.peers import strided
+    from dkd_trainer.stopwatch import time_subjects
+    from dkd_trainer.subject import Subject
+
+    times = time_subjects(teacher, [Subject("teacher", "teacher"), strided((0,), 2)], 64, 2, 2)
+    first, second = times.values()
+    assert first["relative"] == 1 and first["attention_pairs"] == 1 and first["seconds"] > 0
+    # 5 of 16 self-attentions have 64 tokens, each with a quarter of the keys; 77 text tokens stay
+    tokens = [64] * 5 + [16] * 5 + [4] * 5 + [1]
+    whole = sum(n * (n + 77) for n in tokens)
+    assert second["attention_pairs"] == pytest.approx((whole - 5 * 64 * 48) / whole)
+
+
+def test_summary_is_the_ratio_of_sums_and_the_error_of_the_mean():
+    measured = {
+        "error": torch.tensor([[1.0, 0, 0, 0], [3.0, 0, 0, 0]]),
+        "energy": torch.full((2, 4), 2.0),
+        "prompt_score": torch.tensor([0.2, 0.6]),
+    }
+    row = summarise(measured, {"prompt_score": torch.tensor([0.1, 0.3])}, {})
+    assert row["error 0-100"] == pytest.approx(1.0) and row["error mean"] == pytest.approx(0.25)
+    assert row["prompt_score"] == pytest.approx(0.4) and row["prompt_score_error"] == pytest.approx(0.2)
+    assert row["prompt_score_change"] == pytest.approx(0.2) and row["prompt_score_change_error"] == pytest.approx(0.1)
+
+
+def test_the_null_band_forgives_noise_in_changes_only():
+    rows = {
+        "null": {"perceptual": 0.1, "kid_change_x1e3": -1.0},
+        "near": {"perceptual": 0.1, "kid_change_x1e3": 2.0, "kid_change_x1e3_error": 0.6},
+        "far": {"perceptual": 0.11, "kid_change_x1e3": 2.0, "kid_change_x1e3_error": 0.4},
+    }
+    verdicts = judge_null_band(rows, ["null"], ["near", "far"])
+    assert verdicts["near"] == {"perceptual": True, "kid_change_x1e3": True}
+    assert verdicts["far"] == {"perceptual": False, "kid_change_x1e3": False}
+
+
+def make_report():
+    rows = {"teacher": {"kid_x1e3": 5.0, "kid_x1e3_error": 1.0}}
+    bands = ("error 0-100", "error 100-300", "error 300-600", "error 600-1000")
+    for name, error in {"ours": 0.2, "slow peer": 0.3, "slower peer": 0.1, "fast peer": 0.05}.items():
+        rows[name] = {**dict.fromkeys(bands, error), "error mean": error}
+    families = {"ours": ("DHA", "12 %"), **{f"{kind} peer": ("peer", kind) for kind in ("slow", "slower", "fast")}}
+    relative = {"teacher": 1.0, "ours": 0.8, "slow peer": 0.9, "slower peer": 0.95, "fast peer": 0.6}
+    times = {n: {"seconds": r, "q1": r, "q3": r, "relative": r, "attention_pairs": r} for n, r in relative.items()}
+    timing = [{"checkpoint": "a", "architecture": "b", "batch": 2, "rounds": 3, "size": 64, "subjects": times}]
+    settings = dict.fromkeys(("teacher", "architecture", "prediction", "held_out_pairs", "sampler", "dtype"), "x")
+    settings |= {"size": 64, "steps": 25, "cfg": 4.0, "note": "", "students": {}}
+    record = dict.fromkeys(("command", "commit", "hardware", "torch", "comfyui"), "<x>")
+    sheet = [("teacher", torch.zeros(3, 3, 8, 8, dtype=torch.uint8))]
+    return Report(record, settings, rows, families, {"ours"}, timing, {"FID": "no package"}, sheet)
+
+
+def test_peers_are_compared_at_the_same_time_or_more():
+    report = make_report()
+    times = report.timing[0]["subjects"]
+    assert compare_at_equal_time(report, times) == {"ours": {"peers": 2, "best": "slower peer", "better": False}}
+    times["slower peer"]["relative"] = 0.7
+    assert compare_at_equal_time(report, times)["ours"] == {"peers": 1, "best": "slow peer", "better": True}
+
+
+def test_the_page_holds_its_pictures_and_says_what_is_missing(tmp_path):
+    files = write_report(make_report(), tmp_path, "evaluation")
+    assert {file.suffix for file in files} == {".json", ".md", ".html", ".png"} and all(f.is_file() for f in files)
+    page = (tmp_path / "evaluation.html").read_text()
+    assert page.count("data:image/png;base64,") == 3 and "&lt;x&gt;" in page
+    assert not re.search(r'(src|href)="(?!data:)', page)
+    assert "FID: no package" in page and "FID (no package)" in (tmp_path / "evaluation.md").read_text()
+
+
+def test_points_are_drawn_where_their_values_are():
+    scale = charts.fit_scale([0.01, 1.0], 900, 100, True)
+    assert scale.place(0.1) == pytest.approx((scale.place(0.01) + scale.place(1.0)) / 2)
+    assert scale.list_ticks() == pytest.approx([0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0])
+    assert charts.fit_scale([0.7, 1.3], 0, 100, False).list_ticks() == pytest.approx([0.8, 1.0, 1.2])
+    assert charts.fit_scale([2.0], 0, 100, False).place(2.0) == pytest.approx(50)
+
+
+def test_official_is_given_the_sparsity_that_costs_as_much():
+    student = DHAConfig(memory=8, rank=8, router_width=32)
+    cost = count_cost(student, 16, 32)
+    official = match_sparsity(DHAConfig(mode="official"), cost, 16, 32)
+    richer = DHAConfig(mode="official", sparsity=official.sparsity + 1 / 256)
+    assert count_cost(official, 16, 32) <= cost < count_cost(richer, 16, 32)
+    free = match_budget(DHAConfig(), cost, 16, 32)
+    assert count_cost(DHAConfig(), 16, 32) < count_cost(free, 16, 32) <= cost < count_full(256, 32)
+
+
+def test_an_ablation_trains_and_measures_each_row_once(arguments, pairs, out, monkeypatch):
+    from dkd_trainer import ablation
+
+    more = ["--data", str(pairs), "--seconds", "0.1", "--only", "stages 1+2", "official, rate 1e-06"]
+    args = ablation.read_arguments([*arguments, *more, "--set", "train.batch=2"])
+    train, trained = ablation.train_student, []
+    monkeypatch.setattr(ablation, "train_student", lambda *parts: trained.append(parts[-1].out.name) or train(*parts))
+    ablation.run_ablation(args)
+    rows = json.loads((out / "ablation.json").read_text())["rows"]
+    assert len(trained) == 2 and rows["stages 1+2"]["train_steps"] == 2
+    assert rows["official, rate 1e-06"]["attention_cost"] <= rows["stages 1+2"]["attention_cost"] < 1
+    ablation.run_ablation(args)
+    assert len(trained) == 2 and json.loads((out / "ablation.json").read_text())["rows"] == rows
+
+
+def test_an_unknown_row_is_named(arguments, pairs):
+    from dkd_trainer import ablation
+
+    args = ablation.read_arguments([*arguments, "--data", str(pairs), "--only", "stage 9"])
+    with pytest.raises(ValueError, match="no row 'stage 9'"):
+        ablation.list_rows(args, DHAConfig(memory=8), 8, 32)
