@@ -14,11 +14,11 @@ from .host import ensure_comfy
 from .journal import Journal
 from .settings import Settings, assemble_settings, list_presets, parse_override
 
-COMMANDS = {
+COMMANDS = {  # modules with a `main` of their own
     "control": "control.command",
     "evaluate": "evaluate",
     "import": "import_student",
-}  # modules with a `main` of their own
+}
 
 
 def read_arguments(arguments: list[str]) -> argparse.Namespace:

@@ -75,13 +75,14 @@ class Training:
         self.journal = Journal(settings.work / "journal.jsonl")
         self.losses: dict[str, float] = {}
         self.errors: dict[str, float] = {}
-        self.seconds = self.waited = 0.0
+        self.seconds = self.waited = self.pace = 0.0  # of all steps, waiting for batches, of a step lately
 
     def list_stages(self) -> list[Stage]:
+        """What is learnt, in order."""
         return list_stages(self.settings)
 
     def build_student(self) -> nn.Module:
-        """What is trained, fresh."""
+        """What is trained, at its start; the seed is set."""
         student = Student(self.settings.student, self.teacher.architecture, head_width=self.teacher.head_width)
         return start_student(student, self.teacher)
 
@@ -100,7 +101,8 @@ class Training:
         self.average.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.balance = Balance(state["balance"])
-        self.losses, self.errors, self.seconds = state["losses"], state["errors"], state["seconds"]
+        self.losses, self.errors = state["losses"], state["errors"]
+        self.seconds, self.waited = state["seconds"], state["waited"]
         return state["step"]
 
     def save(self, step: int) -> None:
@@ -108,8 +110,8 @@ class Training:
         if not self.processes.is_first:
             return
         weights = {name: to_cpu(getattr(self, name).state_dict()) for name in ("student", "average", "optimizer")}
-        values = {"balance": self.balance.sizes, "losses": self.losses, "errors": self.errors, "seconds": self.seconds}
-        file = self.states.save(step, {**weights, **values, "run": self.describe()})
+        values = {name: getattr(self, name) for name in ("losses", "errors", "seconds", "waited")}
+        file = self.states.save(step, {**weights, **values, "balance": self.balance.sizes, "run": self.describe()})
         self.journal.write("save", step=step, file=file.name)
 
     def describe(self) -> dict[str, Any]:
@@ -194,7 +196,7 @@ class Training:
     def report(self, bar: tqdm, board: Board, stage: Stage, done: int, seconds: float) -> None:
         """Show a step, and at their intervals validation and sheet."""
         watch, steps = self.settings.watch, self.settings.steps
-        self.pace = 0.9 * getattr(self, "pace", seconds) + 0.1 * seconds
+        self.pace = 0.9 * (self.pace or seconds) + 0.1 * seconds
         speed = self.settings.train.batch / self.pace
         shown = {name: f"{value:.4f}" for name, value in self.losses.items()}
         bar.set_postfix({**shown, "images/s": f"{speed:.1f}"}, refresh=False)
@@ -239,6 +241,7 @@ class Training:
             "parameters": sum(parameter.numel() for parameter in self.parameters),
             "seconds": round(self.seconds, 1),
             "images_per_second": rate,
+            "share_of_waiting": self.waited / self.seconds if self.seconds else None,
             "device": str(self.teacher.device),
             "processes": self.processes.count,
             "versions": list_versions(),

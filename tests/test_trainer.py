@@ -225,6 +225,19 @@ def test_a_run_is_seen_while_it_runs_and_leaves_its_settings_and_record(teacher,
     assert str(settings.work.parent) not in settings.out.with_suffix(".json").read_text()
 
 
+def test_tensorboard_gets_every_loss_term_and_the_sheets(teacher, corpus, make_settings):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    from dkd_trainer.loop import train_student
+
+    settings = make_settings(watch__tensorboard=True, watch__validate_every=3, watch__sheet_every=6)
+    train_student(teacher, corpus, settings)
+    events = accumulator.EventAccumulator(str(settings.work / "tensorboard"))
+    events.Reload()
+    assert {"transfer/attention", "transfer/routing", "validation/mean"} <= set(events.Tags()["scalars"])
+    assert [event.step for event in events.Scalars("imitation/output")] == [4, 5, 6]
+    assert [event.step for event in events.Images("sheet")] == [6]
+
+
 def test_pairs_set_aside_for_validation_are_never_trained_on(prepare, make_settings):
     training = prepare(make_settings(watch__validate_every=1, train__batch=8))
     drawn = {pick for step in range(40) for pick in training.sampler.draw(step).picks}
