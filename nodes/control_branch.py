@@ -12,12 +12,13 @@ import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 
 from ..dha.checkpoint import fingerprint
-from ..dha.control import FCNet, Pair
+from ..dha.control import LATENT_CHANNELS, FCNet, Pair
 from ..dha.control_file import ControlFile, check_control
 from ..dha.control_weights import merge_weights
 from ..dha.frequency import filter_band
 from ..dha.sites import read_architecture
 
+ENTRY = "input_blocks.0.0.weight"
 FOREIGN = ("patches", "patches_replace")  # what other nodes changed is meant for the UNet, not for the branch
 
 
@@ -45,7 +46,7 @@ def build_branch(model, name: str, control: ControlFile) -> comfy.model_patcher.
     architecture = read_architecture(base)
     device = comfy.model_management.get_torch_device()
     dtype = torch.float16 if comfy.model_management.should_use_fp16(device) else torch.float32
-    config = {**model.model.model_config.unet_config, "dtype": dtype, "device": "meta"}
+    config = {**model.model.model_config.unet_config, "dtype": dtype, "device": "meta", "in_channels": LATENT_CHANNELS}
     config.pop("disable_unet_model_creation", None)
     operations = comfy.ops.manual_cast
     branch = FCNet(UNetModel(**config, operations=operations), operations, dtype=dtype, device="meta")
@@ -60,12 +61,16 @@ def build_branch(model, name: str, control: ControlFile) -> comfy.model_patcher.
 
 
 def read_base(model) -> dict[str, torch.Tensor]:
-    """A UNet's state without LoRAs and other weight patches, which ComfyUI may have written into it for now."""
+    """A UNet's state without LoRAs and other weight patches, which ComfyUI may have written into it for now.
+
+    Of an inpainting UNet's input only the latent's channels are taken: the branch sees neither mask nor masked picture.
+    """
     state = model.model.diffusion_model.state_dict()
-    return {
+    base = {
         name: model.backup[key].weight if (key := f"diffusion_model.{name}") in model.backup else tensor
         for name, tensor in state.items()
     }
+    return {**base, ENTRY: base[ENTRY][:, :LATENT_CHANNELS]}
 
 
 class Hint:
@@ -97,7 +102,8 @@ def make_steering(branch: FCNet, hint: Hint, strength: float, is_active):
             return None
         halves = len(options.get("cond_or_uncond", ())) or 1
         own = {name: value for name, value in options.items() if name not in FOREIGN}
-        embedded = hint.embed(branch, x, x.shape[0] // halves).repeat(halves)
-        return [pair.scale(strength) for pair in branch(x, embedded, timesteps, context, own)]
+        latents = x[:, :LATENT_CHANNELS]
+        embedded = hint.embed(branch, latents, len(x) // halves).repeat(halves)
+        return [pair.scale(strength) for pair in branch(latents, embedded, timesteps, context, own)]
 
     return steer

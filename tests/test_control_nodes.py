@@ -314,6 +314,28 @@ def test_inpainting(studio, control, source):
     assert relate(drawn[..., 9:], studio.draw(latent=latent)[..., 9:]) > 1e-4
 
 
+def test_an_inpainting_model_is_steered_by_its_latent_channels_alone(studio, control, source, tmp_path):
+    """Such a UNet sees nine channels; with no weight on the other five it does what the plain one does."""
+    import comfy.sd
+
+    state = load_file(studio.checkpoint)
+    entry = "model.diffusion_model.input_blocks.0.0.weight"
+    state[entry] = torch.cat([state[entry], torch.zeros_like(state[entry][:, :1]).expand(-1, 5, -1, -1)], dim=1)
+    save_file(state, tmp_path / "inpainting.safetensors")
+    with torch.inference_mode():
+        (model, *_) = comfy.sd.load_checkpoint_guess_config(str(tmp_path / "inpainting.safetensors"), output_vae=False)
+    assert model.model.model_config.unet_config["in_channels"] == 9
+    x, inputs = draw_source(9, seed=8).view(1, 36, 16, 16), {"context": torch.randn(1, 77, 128)}
+    found = []
+    for each, channels in ((studio.model, 4), (model, 9)):
+        steered = steer(studio, control, source, model=each)
+        options = {**steered.model_options["transformer_options"], "wrappers": steered.wrappers}
+        with torch.inference_mode():
+            unet = each.model.diffusion_model
+            found.append(unet(x[:, :channels], torch.tensor([500.0]), **inputs, transformer_options=options))
+    assert relate(*found) < 1e-5
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn], ids=str)
 def test_precisions(studio, source, dtype):
     """Teachers kept in other precisions: the branch computes in what the UNet computes in."""
