@@ -85,7 +85,7 @@ class Planner:
         plan = self.student.plan(height, width, self.token_budget, self.max_tokens)
         if plan.coarse + plan.chosen >= plan.tokens:
             return None
-        if self.pays is not None and not self.pays(plan.tokens, channels, count_keys(plan, self.student)):
+        if self.pays is not None and not self.pays(plan.tokens, channels, plan.coarse + plan.chosen):
             return None
         return plan
 
@@ -179,11 +179,6 @@ def is_whole(context: Tensor, emb: Tensor, options: dict) -> bool:
     """Whether the context still is one picture per time embedding: (B, H*W, C), not tiled or merged by others."""
     shape = options.get("activations_shape")
     return shape is not None and context.shape[0] == emb.shape[0] and context.shape[1] == shape[-2] * shape[-1]
-
-
-def count_keys(plan: ContextPlan, student: Student) -> int:
-    """Keys that a query of this level attends to, memory included."""
-    return plan.coarse + plan.chosen + student.config.memory
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, options: dict, mask: Tensor | None) -> Tensor:

@@ -25,7 +25,7 @@ class Payoff:
     rows: tuple[LayerSpeed, ...] = ()
 
     def pays(self, tokens: int, channels: int, keys: int) -> bool:
-        """Whether a layer of `tokens` gets faster with `keys` keys.
+        """Whether a layer of `tokens` gets faster with `keys` of them as keys.
 
         Judged by the measured layer of that width that has as many tokens or fewer and as large a share or larger:
         larger layers and smaller shares only gain more.

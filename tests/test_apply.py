@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import gc
 import hashlib
+import sys
 import weakref
 
 import pytest
@@ -230,3 +231,60 @@ def test_precisions(studio, student, dtype):
     exact, drawn = studio.draw(loaded[0]), studio.draw(studio.apply(loaded[0], student=student))
     assert 1e-3 < relate(drawn, exact) < 5
     assert relate(studio.draw(studio.apply(loaded[0], student=student, budget=1.0)), exact) < 1e-5
+
+
+@pytest.mark.parametrize(("preset", "budget"), [("quality", 0.25), ("balanced", 0.125), ("fast", 0.0625)])
+def test_preset_takes_the_place_of_the_budget(studio, student, preset, budget):
+    settings = {"model": studio.model, "levels": "auto", "start_percent": 0.0, "end_percent": 1.0, "student": student}
+    named = studio.call("ApplyDHA", **settings, token_budget=0.0, preset=preset)
+    assert torch.equal(studio.draw(named), studio.draw(studio.apply(student=student, budget=budget)))
+
+
+def test_graphs_from_before_the_presets_mean_what_they_meant(studio):
+    """The new input comes last and is optional; its default is what the stored token budget says."""
+    node = studio.host.nodes.NODE_CLASS_MAPPINGS["ApplyDHA"]
+    inputs = node.INPUT_TYPES()
+    assert list(inputs["required"]) == ["model", "levels", "token_budget", "start_percent", "end_percent"]
+    assert list(inputs["optional"]) == ["student", "preset"]
+    kind, options = inputs["optional"]["preset"]
+    assert options["default"] == "custom" and "balanced: 12.5 % of the tokens" in options["tooltip"]
+
+
+class CountedSigmas(torch.Tensor):
+    """Noise levels that count how often they are fetched from their device."""
+
+    reads = 0
+
+    def item(self):
+        CountedSigmas.reads += 1
+        return super().item()
+
+
+def test_window_asks_the_device_once_a_step(studio, pack):
+    make_window = sys.modules[f"{pack.__name__}.nodes.apply"].make_window
+    is_active = make_window(studio.model, 0.0, 0.5)
+    first, last = (torch.tensor([sigma, sigma]).as_subclass(CountedSigmas) for sigma in (14.0, 0.1))
+    CountedSigmas.reads = 0
+    assert [is_active({"sigmas": sigmas}) for sigmas in (first, first, last, last)] == [True, True, False, False]
+    assert CountedSigmas.reads == 2
+
+
+@pytest.mark.parametrize("trained", [False, True], ids=["training-free", "student"])
+def test_a_block_compiles_into_one_graph(studio, student, trained):
+    """Within a window, too: whether the step is ours is decided before the UNet is entered."""
+    patched = studio.apply(student=student if trained else None, end=0.5)
+    block = patched.model.diffusion_model.input_blocks[1][1].transformer_blocks[0]
+    shared = patched.model_options["transformer_options"]
+    x, emb, text = torch.randn(2, 256, 32), torch.randn(2, 128), torch.randn(2, 77, 128)
+
+    def run(x, emb, text, active):
+        options = {**shared, "block": ("input", 1), "activations_shape": [2, 32, 16, 16], "dha_window": active}
+        for patch in shared["patches"]["emb_patch"]:
+            emb = patch(emb, 32, options)
+        return block(x, context=text, transformer_options=options)
+
+    compiled = torch.compile(run, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        for active in (True, False):
+            torch.testing.assert_close(compiled(x, emb, text, active), run(x, emb, text, active))
+        assert relate(run(x, emb, text, True), run(x, emb, text, False)) > 1e-5

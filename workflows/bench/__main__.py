@@ -1,4 +1,8 @@
-"""Time one UNet step of SD-2.1 inside ComfyUI, DHA against its peers: `python -m workflows.bench --comfyui PATH`."""
+"""Time SD-2.1 inside ComfyUI, DHA against its peers: `python -m workflows.bench --comfyui PATH`.
+
+With a CUDA device one command measures everything: UNet steps, single layers, whole pictures, every attention kernel,
+eager and compiled.
+"""
 
 import argparse
 import importlib.util
@@ -12,12 +16,14 @@ import torch
 
 from ..machine import describe_command
 from ..server import find_comfyui
-from .report import Run, describe_machine, write_report
-from .subjects import DTYPES, KINDS, build_model, build_subjects, load_model
-from .timing import Size, measure_size, share_time
+from .backends import find_backends
+from .contest import Forecast, describe_error, hold_contest, share_time
+from .model import DTYPES, build_model, load_model
+from .report import Result, Run, describe_machine, write_heading, write_report
+from .schedule import LAYER_SIDES, PARTS, SIZES, Task, plan_tasks
+from .step import Size
+from .subjects import TITLES, build_subjects
 
-SIZES = (Size(512, 512), Size(768, 768), Size(1024, 1024))
-MINI_SIZES = (Size(512, 256),)  # HyperTile cuts nothing below 512
 RANDOM_NOTE = "The weights are random: they do not change the time of a step, and nothing here speaks of quality."
 MINI_NOTE = "The mini architecture only tries the bench out: its figures say nothing about the full-size one."
 
@@ -54,26 +60,39 @@ def parse_count(text: str) -> int:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m workflows.bench", description=__doc__)
-    parser.add_argument("--comfyui", help="folder of a ComfyUI (default: the one on PYTHONPATH, or COMFYUI_PATH)")
-    parser.add_argument("--sizes", type=parse_size, nargs="+", metavar="WxH", help="in pixels (512 768 1024)")
-    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of weights and computation (%(default)s)")
-    parser.add_argument("--batch", type=parse_count, default=1, help="rows of a UNet call, 2 with CFG (%(default)s)")
-    parser.add_argument("--rounds", type=parse_count, default=5, help="at most, at each size (%(default)s)")
-    parser.add_argument(
-        "--seconds", type=float, metavar="BUDGET", help="aim to end after this long; always one round a size"
-    )
-    parser.add_argument("--subjects", nargs="+", choices=KINDS, default=list(KINDS), help="beside unpatched (all)")
-    parser.add_argument(
-        "--budgets", type=parse_budget, nargs="+", default=[0.125], metavar="SHARE", help="of DHA's keys (0.125)"
-    )
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add = parser.add_argument
+    add("--comfyui", help="folder of a ComfyUI (default: the one on PYTHONPATH, or COMFYUI_PATH)")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add("--parts", nargs="+", choices=PARTS, help="what to measure (CPU: step; CUDA: everything)")
+    add("--by-layer", action="store_true", help="single self-attentions alone, like --parts layers")
+    add("--profile", action="store_true", help="where the time of a hybrid layer goes, like --parts profile")
+    add("--sizes", type=parse_size, nargs="+", metavar="WxH", help="in pixels (CPU: 512 768 1024; CUDA: up to 2048)")
+    add("--layer-sides", type=int, nargs="+", default=LAYER_SIDES, help="of the pictures of single layers, in pixels")
+    add("--dtype", choices=DTYPES, help="of weights and computation (CPU: fp32; CUDA: bf16)")
+    add("--batch", type=parse_count, nargs="+", help="rows of a UNet call, 2 with guidance (CPU: 1; CUDA: 1 2)")
+    add("--steps", type=parse_count, default=20, help="of a whole picture (%(default)s)")
+    add("--rounds", type=parse_count, default=5, help="at most, of each contest (%(default)s)")
+    add("--seconds", type=float, metavar="BUDGET", help="end after about this long; what does not fit is left out")
+    families = sorted({name.split("-")[0] for name in TITLES} | set(TITLES))
+    add("--subjects", nargs="+", choices=families, default=families, help="beside unpatched (all)")
+    add("--budgets", type=parse_budget, nargs="+", default=[], metavar="SHARE", help="DHA with these shares, too")
     model = parser.add_mutually_exclusive_group()
     model.add_argument("--checkpoint", type=Path, help="an SD-2.1 checkpoint instead of random weights")
     model.add_argument("--mini", action="store_true", help="the mini architecture, to try this program in seconds")
-    parser.add_argument("--out", type=Path, default=Path("demo-output/bench"), help="of the report (%(default)s)")
+    add("--out", type=Path, default=Path("demo-output/bench"), help="of the report (%(default)s)")
     arguments = parser.parse_args()
-    arguments.sizes = arguments.sizes or list(MINI_SIZES if arguments.mini else SIZES)
+    alone = [part for part, asked in (("layers", arguments.by_layer), ("profile", arguments.profile)) if asked]
+    arguments.parts = arguments.parts or alone
     return arguments
+
+
+def settle(arguments: argparse.Namespace, device: torch.device) -> None:
+    """Fill in what depends on the device."""
+    cuda = device.type == "cuda"
+    arguments.parts = arguments.parts or (PARTS if cuda else ("step",))
+    arguments.sizes = arguments.sizes or list(SIZES["mini" if arguments.mini else device.type])
+    arguments.dtype = arguments.dtype or ("bf16" if cuda else "fp32")
+    arguments.batch = arguments.batch or ([1, 2] if cuda else [1])
 
 
 def ensure_comfy(path: str | None) -> None:
@@ -114,43 +133,74 @@ def describe_settings(arguments: argparse.Namespace) -> dict:
     return {
         "weights": weights,
         "note": "" if arguments.checkpoint else MINI_NOTE if arguments.mini else RANDOM_NOTE,
+        "parts": list(arguments.parts),
         "sizes": [str(size) for size in arguments.sizes],
         "dtype": arguments.dtype,
         "batch": arguments.batch,
         "rounds": arguments.rounds,
         "seconds": arguments.seconds,
-        "budgets": arguments.budgets,
-        "attention": "torch.nn.functional.scaled_dot_product_attention",
     }
 
 
+def run_task(task: Task, device: torch.device, rounds: int, deadline: float, forecast: Forecast, result: Result, save):
+    """Fill a result in; a task that cannot be set up leaves its error there."""
+    if time.monotonic() >= deadline:
+        result.error = "skipped: no time was left"
+        return
+
+    def keep(records):
+        result.records = records
+        save()
+
+    try:
+        entrants = task.enter()
+        result.records = hold_contest(entrants, device, rounds, deadline, keep, forecast, task.title)
+    except Exception as error:
+        result.error = describe_error(error)
+        print(f"{task.title}: {result.error}", flush=True)
+
+
 def run_bench(arguments: argparse.Namespace) -> None:
-    """Measure size by size and keep the report up to date after every round."""
+    """Measure task by task and keep the report up to date after every round."""
     end = math.inf if arguments.seconds is None else time.monotonic() + arguments.seconds
     device = choose_device(arguments.device)
+    settle(arguments, device)
     import comfyui_version
 
+    dtype, forecast = DTYPES[arguments.dtype], Forecast()
     command = describe_command("workflows.bench")
     run = Run(describe_machine(device, comfyui_version.__version__, command), describe_settings(arguments), [])
     stem = f"speed-{'mini-' if arguments.mini else ''}{device.type}-{arguments.dtype}"
-    dtype = DTYPES[arguments.dtype]
     print(f"{run.settings['weights']}, {arguments.dtype} on {run.machine['device']}", flush=True)
-    model = load_model(arguments.checkpoint, dtype) if arguments.checkpoint else build_model(dtype, arguments.mini)
-    subjects = build_subjects(model, arguments.subjects, arguments.budgets)
-    done = []
-    for index, size in enumerate(arguments.sizes):
+    subjects, backends = [], ["sdpa"]
+    if set(arguments.parts) - {"layers", "profile"}:
+        model = load_model(arguments.checkpoint, dtype) if arguments.checkpoint else build_model(dtype, arguments.mini)
+        subjects = build_subjects(model, arguments.subjects, arguments.budgets)
+    if "backends" in arguments.parts:
+        backends, run.settings["missing_backends"] = find_backends(device, dtype)
+    tasks = plan_tasks(arguments, subjects, backends, device)
+    weights = [task.weight for task in tasks]
 
-        def save(result):
-            run.results = [*done, result]
-            write_report(arguments.out, stem, run)
+    def save() -> dict:
+        return write_report(arguments.out, stem, run)
 
-        deadline = share_time(arguments.sizes, index, end)
-        done.append(measure_size(subjects, size, arguments.batch, arguments.rounds, deadline, save))
+    for index, task in enumerate(tasks):
+        result = Result(task.kind, task.labels)
+        run.results.append(result)
+        deadline = share_time(weights, index, end)
+        run_task(task, device, min(arguments.rounds, task.rounds), deadline, forecast, result, save)
     run.complete = True
-    for size in write_report(arguments.out, stem, run)["sizes"]:
-        ratios = [f"{item['name']} {item['ratio_to_unpatched']['median']:.2f}x" for item in size["subjects"][1:]]
-        print(f"{size['width']}x{size['height']}, {size['rounds']} rounds: {', '.join(ratios)}")
+    print_summary(save())
     print(f"Report: {arguments.out / stem}.md, .json, .png")
+
+
+def print_summary(document: dict) -> None:
+    """One line a contest."""
+    for result in document["results"]:
+        found = [f"{s['name']} {s['ratio']['median']:.2f}x" for s in result["subjects"][1:] if s.get("ratio")]
+        missing = [s["name"] for s in result["subjects"] if "error" in s]
+        line = f"{write_heading(result)}: {result['error'] or ', '.join(found)}"
+        print(line + (f"; without figures: {', '.join(missing)}" if missing else ""))
 
 
 def main() -> None:

@@ -1,32 +1,46 @@
 """The bench's findings as JSON, as Markdown and as a plain bar chart; each file is replaced whole or not at all."""
 
-import io
 import json
 import os
 import platform
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
 
 from ..machine import name_processor, read_commit
-from .timing import Record, SizeResult
+from .chart import draw_chart
+from .contest import Record
 
 FORMAT = "dha-speed-bench"
-ROW, MARGIN, LABELS, BARS = 24, 12, 240, 520
-COLOURS = {"dha": "#c2410c", "student": "#ea7a3c", "ceiling": "#d4d4d4"}
+VERSION = 2
+HEADINGS = {
+    "step": "One UNet step",
+    "picture": "A whole picture: sampling with guidance, decoding",
+    "layer": "One self-attention",
+    "profile": "Parts of one hybrid layer, each on its own",
+}
+
+
+@dataclass
+class Result:
+    """One contest; the first record is what the others are held against. `error` where it could not be set up."""
+
+    kind: str
+    labels: dict[str, Any]
+    records: list[Record] = field(default_factory=list)
+    error: str | None = None
 
 
 @dataclass
 class Run:
-    """A run so far: where, with which settings, what came out by size; `complete` once all sizes are done."""
+    """A run so far: where, with which settings, what came out; `complete` once everything had its turn."""
 
     machine: dict[str, Any]
     settings: dict[str, Any]
-    results: list[SizeResult]
+    results: list[Result]
     complete: bool = False
 
 
@@ -36,45 +50,52 @@ def describe_spread(values: list[float]) -> dict[str, float]:
     return {"median": median(values), "min": min(values), "max": max(values), "q1": low, "q3": high}
 
 
-def summarise_record(record: Record, unpatched: Record) -> dict[str, Any]:
-    """A subject's figures; its ratios are those of laps of the same round."""
-    ratios = [base / own for base, own in zip(unpatched.seconds, record.seconds, strict=True)]
+def find_ratios(record: Record, base: Record) -> dict[str, float] | None:
+    """How many times faster a record is than another, by laps of the same round; None where either has no figures."""
+    if record.error or base.error or not record.seconds or len(record.seconds) != len(base.seconds):
+        return None
+    return describe_spread([a / b for a, b in zip(base.seconds, record.seconds, strict=True)])
+
+
+def summarise_record(record: Record, records: list[Record]) -> dict[str, Any]:
+    """A subject's figures."""
+    if record.error or not record.seconds:
+        return {"name": record.name, "title": record.title, "error": record.error or "no round was run"}
+    first = records[0]
+    ceiling = next((find_ratios(other, first) for other in records if other.name == "ceiling"), None)
+    ratios = find_ratios(record, first)
     return {
         "name": record.name,
         "title": record.title,
-        "seconds_per_step": describe_spread(record.seconds),
-        "ratio_to_unpatched": describe_spread(ratios),
+        "seconds": describe_spread(record.seconds),
+        "ratio": ratios,
+        "share_of_ceiling": ratios["median"] / ceiling["median"] if ratios and ceiling else None,
         "attention_pairs": record.pairs,
-        "attention_pairs_share": record.pairs / unpatched.pairs,
-        "relative_difference_to_unpatched": record.difference,
+        "attention_pairs_share": record.pairs / first.pairs if record.pairs is not None and first.pairs else None,
+        "relative_difference": record.difference,
         "peak_memory_bytes": record.peak_memory,
-        "step_memory_bytes": record.step_memory,
+        "run_memory_bytes": record.run_memory,
+        "graph_breaks": record.graph_breaks,
         "warm_up_seconds": record.warm_up_seconds,
-        "laps_seconds_per_step": record.seconds,
+        "runs_per_lap": record.runs_per_lap,
+        "laps_seconds": record.seconds,
     }
 
 
 def summarise(run: Run) -> dict[str, Any]:
     """The JSON document."""
-    sizes = [
+    results = [
         {
-            "width": result.size.width,
-            "height": result.size.height,
-            "tokens": result.size.tokens,
-            "rounds": len(result.records[0].seconds),
-            "steps_per_lap": result.steps_per_lap,
-            "subjects": [summarise_record(record, result.records[0]) for record in result.records],
+            "kind": result.kind,
+            **result.labels,
+            "rounds": max((len(record.seconds) for record in result.records), default=0),
+            "error": result.error,
+            "subjects": [summarise_record(record, result.records) for record in result.records],
         }
         for result in run.results
     ]
-    return {
-        "format": FORMAT,
-        "version": 1,
-        "complete": run.complete,
-        "machine": run.machine,
-        "settings": run.settings,
-        "sizes": sizes,
-    }
+    head = {"format": FORMAT, "version": VERSION, "complete": run.complete}
+    return {**head, "machine": run.machine, "settings": run.settings, "results": results}
 
 
 def describe_machine(device: torch.device, comfyui: str, command: str) -> dict[str, Any]:
@@ -117,73 +138,73 @@ def write_report(out: Path, stem: str, run: Run) -> dict[str, Any]:
     return document
 
 
+def name_machine(machine: dict[str, Any]) -> str:
+    """The device in a word or two."""
+    return machine["device"] if machine["device"] != "cpu" else f"{machine['processor']}, {machine['threads']} threads"
+
+
 def write_markdown(document: dict[str, Any]) -> str:
-    """Set-up in words, then one table a size."""
+    """Set-up in words, then one table a contest."""
     machine, settings = document["machine"], document["settings"]
-    where = machine["device"] if machine["device"] != "cpu" else f"{machine['processor']}, {machine['threads']} threads"
     lines = [
-        "# Time of one UNet step inside ComfyUI",
+        "# Speed inside ComfyUI",
         "",
-        f"{settings['weights']}, {settings['dtype']}, batch {settings['batch']}, on {where}; ComfyUI "
-        f"{machine['comfyui']}, torch {machine['torch']}, commit {machine['commit']}.",
+        f"{settings['weights']}, {settings['dtype']}, on {name_machine(machine)}; ComfyUI {machine['comfyui']}, torch "
+        f"{machine['torch']}, commit {machine['commit']}.",
         "",
-        "All subjects in one process, in turn, round by round after one uncounted step each. Times are medians over "
-        "rounds; the speed-up is the median of the rounds' ratios to the unpatched model, quartiles and extremes "
-        "beside it. Key pairs: query-key pairs of all attentions of a step against the unpatched model's. "
-        f"{settings['note']}",
+        "All subjects in one process, in turn, round by round after one uncounted run each. Seconds are medians over "
+        "rounds; the speed-up is the median of the rounds' ratios to the first row, quartiles and extremes beside it. "
+        "Of the ceiling: that speed-up as a share of the one that no mixing of tokens at all would give. Key pairs: "
+        "query-key pairs of all attentions against the first row's. Memory: what a run takes beyond what was there "
+        f"before. {settings['note']}",
         "",
         f"`{machine['command']}`",
         *([] if document["complete"] else ["", "**This run was not finished.**"]),
     ]
-    for size in document["sizes"]:
-        laps = f"rounds {size['rounds']}, steps a round {size['steps_per_lap']}"
-        lines += ["", f"## {size['width']}x{size['height']} (tokens {size['tokens']}, {laps})", ""]
-        lines += tabulate(size["subjects"])
+    missing = settings.get("missing_backends", {})
+    lines += [f"\nAttention by {name} was left out: {why}" for name, why in missing.items()]
+    for result in document["results"]:
+        lines += ["", f"## {write_heading(result)}", ""]
+        lines += [result["error"]] if result["error"] else tabulate(result["subjects"], result["kind"] == "profile")
     return "\n".join(lines) + "\n"
 
 
-def tabulate(subjects: list[dict[str, Any]]) -> list[str]:
-    """Lines of a Markdown table; the memory column only where memory was measured."""
-    measured = any(subject["peak_memory_bytes"] is not None for subject in subjects)
-    head = ["subject", "s/step", "min..max", "speed-up", "quartiles", "min..max", "key pairs"]
-    rows = [[*head, "peak GB"] if measured else head]
-    rows.append(["---", *["---:"] * (len(rows[0]) - 1)])
-    for subject in subjects:
-        seconds, ratio = subject["seconds_per_step"], subject["ratio_to_unpatched"]
-        row = [
-            subject["title"],
-            f"{seconds['median']:.4g}",
-            f"{seconds['min']:.4g}..{seconds['max']:.4g}",
-            f"{ratio['median']:.2f}x",
-            f"{ratio['q1']:.2f}..{ratio['q3']:.2f}",
-            f"{ratio['min']:.2f}..{ratio['max']:.2f}",
-            f"{subject['attention_pairs_share']:.1%}",
-        ]
-        rows.append([*row, f"{subject['peak_memory_bytes'] / 1e9:.2f}"] if measured else row)
-    return ["| " + " | ".join(row) + " |" for row in rows]
+def write_heading(result: dict[str, Any]) -> str:
+    """What was measured where, from the result's labels."""
+    labels = {k: v for k, v in result.items() if k not in ("kind", "width", "height", "rounds", "error", "subjects")}
+    described = ", ".join(k if v is True else f"{k} {v}" for k, v in labels.items())
+    return f"{HEADINGS[result['kind']]}, {result['width']}x{result['height']} ({described}, rounds {result['rounds']})"
 
 
-def draw_chart(document: dict[str, Any]) -> bytes:
-    """A PNG with one bar a subject, as long as its speed-up; a whisker from the slowest to the fastest round."""
-    rows = [(size, subject) for size in document["sizes"] for subject in size["subjects"]]
-    height = 2 * MARGIN + ROW * (len(rows) + len(document["sizes"]))
-    picture = Image.new("RGB", (LABELS + BARS + 2 * MARGIN, height), "white")
-    pen, font = ImageDraw.Draw(picture), ImageFont.load_default(13)
-    scale = 0.85 * BARS / max((subject["ratio_to_unpatched"]["max"] for _, subject in rows), default=1.0)
-    top, last = MARGIN, None
-    for size, subject in rows:
-        if size is not last:
-            title = f"{size['width']}x{size['height']}: speed-up of a UNet step, {document['settings']['dtype']}"
-            pen.text((MARGIN, top + 4), title, "black", font)
-            top, last = top + ROW, size
-        ratio, centre = subject["ratio_to_unpatched"], top + ROW // 2
-        colour = COLOURS.get(subject["name"].split("-")[0], "#64748b")
-        pen.text((MARGIN, top + 3), subject["name"], "black", font)
-        pen.rectangle((LABELS, top + 3, LABELS + ratio["median"] * scale, top + ROW - 4), colour)
-        pen.line((LABELS + ratio["min"] * scale, centre, LABELS + ratio["max"] * scale, centre), "black", 1)
-        pen.text((LABELS + ratio["max"] * scale + 6, top + 3), f"{ratio['median']:.2f}x", "black", font)
-        top += ROW
-    pen.line((LABELS + scale, MARGIN, LABELS + scale, height - MARGIN), "#94a3b8", 1)
-    stream = io.BytesIO()
-    picture.save(stream, "PNG")
-    return stream.getvalue()
+def tabulate(subjects: list[dict[str, Any]], as_shares: bool = False) -> list[str]:
+    """Lines of a Markdown table; columns only where something was measured. `as_shares` holds parts against a whole."""
+    rows = [list_cells(subject, as_shares) for subject in subjects]
+    columns = list(dict.fromkeys(name for row in rows for name in row)) or ["subject"]
+    lines = [columns, ["---", *["---:"] * (len(columns) - 1)]]
+    lines += [[row.get(name, "") for name in columns] for row in rows]
+    return ["| " + " | ".join(line) + " |" for line in lines]
+
+
+def list_cells(subject: dict[str, Any], as_shares: bool) -> dict[str, str]:
+    """One row by column; of a failed subject the error alone."""
+    if "error" in subject:
+        return {"subject": f"{subject['title']}: {subject['error']}"}
+    seconds, ratio = subject["seconds"], subject["ratio"]
+    cells = {"subject": subject["title"], "s": f"{seconds['median']:.4g}"}
+    cells["min..max"] = f"{seconds['min']:.4g}..{seconds['max']:.4g}"
+    if ratio and as_shares:
+        cells["of the layer"] = f"{1 / ratio['median']:.1%}"
+    elif ratio:
+        cells["speed-up"] = f"{ratio['median']:.2f}x"
+        cells["quartiles"] = f"{ratio['q1']:.2f}..{ratio['q3']:.2f}"
+        cells["extremes"] = f"{ratio['min']:.2f}..{ratio['max']:.2f}"
+    for name, key, scale, form in (
+        ("of the ceiling", "share_of_ceiling", 1, ".0%"),
+        ("key pairs", "attention_pairs_share", 1, ".1%"),
+        ("MB a run", "run_memory_bytes", 1e-6, ".0f"),
+        ("peak GB", "peak_memory_bytes", 1e-9, ".2f"),
+        ("graph breaks", "graph_breaks", 1, "d"),
+    ):
+        if subject[key] is not None:
+            cells[name] = format(subject[key] * scale, form)
+    return cells

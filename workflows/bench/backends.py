@@ -1,0 +1,50 @@
+"""The attention kernels of a machine beside PyTorch's, in the form in which ComfyUI lets a model bring its own."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def build_override(attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable:
+    """A kernel over (B, N, H, D) as ComfyUI's `optimized_attention_override`; calls with a mask keep its own kernel."""
+
+    def override(function, q, k, v, heads, *args, **kwargs):
+        if kwargs.get("mask") is not None or args or kwargs.get("skip_reshape"):
+            return function(q, k, v, heads, *args, **kwargs)
+        return attend(*(t.unflatten(-1, (heads, -1)) for t in (q, k, v))).flatten(2)
+
+    return override
+
+
+def load_xformers() -> Callable:
+    from xformers.ops import memory_efficient_attention
+
+    return build_override(memory_efficient_attention)
+
+
+def load_sage() -> Callable:
+    from sageattention import sageattn
+
+    return build_override(lambda q, k, v: sageattn(q, k, v, tensor_layout="NHD"))
+
+
+def load_flash() -> Callable:
+    from flash_attn import flash_attn_func
+
+    return build_override(flash_attn_func)
+
+
+BACKENDS = {"xformers": load_xformers, "sage": load_sage, "flash": load_flash}
+
+
+def find_backends(device: torch.device, dtype: torch.dtype) -> tuple[list[str], dict[str, str]]:
+    """Kernels that answer on this device in this precision, PyTorch's first, and why the others do not."""
+    found, missing = ["sdpa"], {}
+    for name, load in BACKENDS.items():
+        try:
+            q = torch.randn(1, 64, 128, device=device, dtype=dtype)
+            found += [name] if load()(None, q, q, q, 2).isfinite().all() else []
+        except Exception as error:
+            missing[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
+    return found, missing

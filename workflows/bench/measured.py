@@ -1,0 +1,130 @@
+"""Keep what the nodes need of the bench's and the evaluation's results: `python -m workflows.bench.measured FILE ...`.
+
+Writes nodes/measured.json: which layers get faster on a kind of device, and speed and error of the presets.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from ..machine import describe_command
+from ..server import PACK
+from .model import import_from_pack
+from .report import FORMAT, VERSION, name_machine, write_whole
+
+OUT = PACK / "nodes" / "measured.json"
+SIZES = ("512x512", "768x768", "1024x1024", "2048x2048")
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """A bench's JSON of this version; raises ValueError for anything else."""
+    document = json.loads(path.read_text(encoding="utf-8"))
+    found = (document.get("format"), document.get("version")) if isinstance(document, dict) else None
+    if found != (FORMAT, VERSION):
+        raise ValueError(f"{path} is {found}, expected {(FORMAT, VERSION)}: a result of `python -m workflows.bench`")
+    return document
+
+
+def find_kind(document: dict[str, Any]) -> str:
+    return "cpu" if document["machine"]["device"] == "cpu" else "cuda"
+
+
+def list_layers(document: dict[str, Any]) -> list[list]:
+    """Rows (channels, tokens, share, speed-up) of single layers; the slower of training-free and student counts.
+
+    A pair of which one was not measured is left out.
+    """
+    presets, rows = import_from_pack("dha.presets").PRESETS, []
+    for result in document["results"]:
+        if result["kind"] != "layer" or result["error"]:
+            continue
+        speeds = {s["name"]: s["ratio"]["median"] for s in result["subjects"] if s.get("ratio")}
+        for name in (name.removeprefix("dha-") for name in speeds if name.startswith("dha-")):
+            preset, tokens = presets.get(name), result["tokens"]
+            share = min(preset.token_budget, preset.max_tokens / tokens) if preset else float(name)
+            if f"student-{name}" in speeds:
+                slower = min(speeds[f"dha-{name}"], speeds[f"student-{name}"])
+                rows.append([result["channels"], tokens, share, round(slower, 3)])
+    return rows
+
+
+def build_table(document: dict[str, Any]) -> dict[str, Any]:
+    """A device's layers with where they come from."""
+    machine = document["machine"]
+    origin = {key: machine[key] for key in ("torch", "commit", "command")}
+    head = {"device": find_kind(document), "dtype": document["settings"]["dtype"], "machine": name_machine(machine)}
+    return {**head, **origin, "rows": list_layers(document)}
+
+
+def list_speeds(document: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Speed-ups of a UNet step by preset and size, first batch, PyTorch's attention, eager."""
+    speeds: dict[str, dict[str, float]] = {}
+    for result in document["results"]:
+        size = f"{result['width']}x{result['height']}"
+        if result["kind"] != "step" or result.get("backend") != "sdpa" or result.get("compiled") or size not in SIZES:
+            continue
+        for subject in result["subjects"]:
+            family, _, preset = subject["name"].partition("-")
+            if family == "dha" and preset in import_from_pack("dha.presets").PRESETS and subject.get("ratio"):
+                speeds.setdefault(preset, {}).setdefault(size.split("x")[0], round(subject["ratio"]["median"], 2))
+    return speeds
+
+
+def read_errors(path: Path) -> dict[str, float]:
+    """Mean error of the prediction by preset, from an evaluation's JSON in which a row is named for each preset."""
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    presets, errors = import_from_pack("dha.presets").PRESETS, {}
+    for name, row in rows.items():
+        for preset in presets:
+            if preset in name.split() and "error mean" in row:
+                errors[preset] = round(row["error mean"], 4)
+    return errors
+
+
+def merge(
+    kept: dict[str, Any], documents: list[dict[str, Any]], errors: dict[str, float], command: str
+) -> dict[str, Any]:
+    """The file's new content: newly measured layers take the place of the same device's and precision's old ones."""
+    tables = {(table["device"], table["dtype"], table["machine"]): table for table in kept["layers"]}
+    presets = {key: dict(value) for key, value in kept["presets"].items() if key != "notes"}
+    notes = list(kept["presets"].get("notes", []))
+    for document in documents:
+        table = build_table(document)
+        if table["rows"]:
+            tables[table["device"], table["dtype"], table["machine"]] = table
+        if speeds := list_speeds(document):
+            for name, by_size in speeds.items():
+                presets.setdefault(name, {})["speed"] = by_size
+            note = f"Speed: a UNet step of SD-2.1, {table['machine']}, {table['dtype']}, commit {table['commit']}."
+            notes = [line for line in notes if not line.startswith("Speed:")] + [note]
+    for name, error in errors.items():
+        presets.setdefault(name, {})["error"] = error
+    if errors:
+        note = "Error: of the prediction, relative, on the mini SD-2.1."
+        notes = [line for line in notes if not line.startswith("Error:")] + [note]
+    shown = {**presets, **({"notes": notes} if notes else {})}
+    return {"format": kept["format"], "command": command, "layers": list(tables.values()), "presets": shown}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m workflows.bench.measured", description=__doc__)
+    parser.add_argument("results", type=Path, nargs="*", help="JSON files of the bench, the one to show last")
+    parser.add_argument("--errors", type=Path, help="JSON of dkd_trainer.evaluate with a row for each preset")
+    parser.add_argument("--out", type=Path, default=OUT, help="the file to renew (nodes/measured.json)")
+    arguments = parser.parse_args()
+    try:
+        documents = [read_result(path) for path in arguments.results]
+        errors = read_errors(arguments.errors) if arguments.errors else {}
+    except (OSError, ValueError, KeyError) as error:
+        sys.exit(f"{type(error).__name__}: {error}")
+    kept = import_from_pack("nodes.measured").read_measured(arguments.out)
+    content = merge(kept, documents, errors, describe_command("workflows.bench.measured"))
+    write_whole(arguments.out, (json.dumps(content, indent=1) + "\n").encode())
+    rows = sum(len(table["rows"]) for table in content["layers"])
+    print(f"{arguments.out}: {len(content['layers'])} devices, {rows} layers, presets {sorted(content['presets'])}")
+
+
+if __name__ == "__main__":
+    main()
