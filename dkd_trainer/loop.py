@@ -5,6 +5,7 @@ import json
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -149,8 +150,8 @@ class Training:
         if not torch.isfinite(torch.tensor([*values, size])).all():
             found = ", ".join(f"{name} {value:g}" for name, value in self.losses.items())
             raise FloatingPointError(
-                f"no finite numbers at step {step} ({found}, gradient {size:g}); the last saved state is kept: a lower "
-                "learning rate, or fp32, may carry on from it with another --work folder"
+                f"no finite numbers at step {step} ({found}, gradient {size:g}); the last saved state is kept; try a "
+                "lower learning rate or fp32, with another --work folder"
             )
         self.optimizer.step()
         decay = min(train.ema, (step + 1) / (step + 10))
@@ -170,7 +171,7 @@ class Training:
         hidden = first >= settings.steps or not self.processes.is_first
         bar = tqdm(range(first, settings.steps), initial=first, total=settings.steps, desc="distil", disable=hidden)
         board = Board(settings.work / "tensorboard", watch.tensorboard and self.processes.is_first, first)
-        with StopRequest() as stop, ThreadPoolExecutor(1) as reader:
+        with StopRequest() as stop, ThreadPoolExecutor(1) as reader, closing(board):
             coming = reader.submit(self.read_step, first) if first < settings.steps else None
             for step in bar:
                 begun = time.perf_counter()
@@ -183,18 +184,20 @@ class Training:
                 self.seconds += time.perf_counter() - begun
                 if self.processes.is_first:
                     self.report(bar, board, stage, done, time.perf_counter() - begun)
+                if self.examination and not (stopped and done < settings.steps):  # who asks to stop need not wait
+                    self.examine(board, done)
                 if stopped or done % settings.output.save_every == 0 or done == settings.steps:
                     self.save(done)
                 if stopped and done < settings.steps:
-                    self.journal.write("stop", step=done)
+                    if self.processes.is_first:
+                        self.journal.write("stop", step=done)
                     raise TrainingStopped(done, stop.number or signal.SIGTERM)
-        board.close()
         if self.processes.is_first:
             self.write_results()
         return self.average.eval()
 
     def report(self, bar: tqdm, board: Board, stage: Stage, done: int, seconds: float) -> None:
-        """Show a step, and at their intervals validation and sheet."""
+        """Show a step."""
         watch, steps = self.settings.watch, self.settings.steps
         self.pace = 0.9 * (self.pace or seconds) + 0.1 * seconds
         speed = self.settings.train.batch / self.pace
@@ -205,8 +208,10 @@ class Training:
             self.journal.write("step", step=done, stage=stage.name, losses=self.losses, **times)
             rate = self.optimizer.param_groups[0]["lr"]
             board.add(stage.name, {**self.losses, "images_per_second": speed, "rate": rate}, done)
-        if self.examination is None:
-            return
+
+    def examine(self, board: Board, done: int) -> None:
+        """Validation and sheet, at their intervals and in the end."""
+        watch, steps = self.settings.watch, self.settings.steps
         if watch.validate_every and (done % watch.validate_every == 0 or done == steps):
             self.errors = self.examination.measure_errors(self.average)
             self.journal.write("validation", step=done, errors=self.errors)
