@@ -32,7 +32,7 @@ class LoadFrequencyControl(io.ComfyNode):
                     "in the style of the source, low changes what it shows, mid translates its scene, high its style.",
                 )
             ],
-            outputs=[FREQUENCY_CONTROL.Output(display_name="control")],
+            outputs=[FREQUENCY_CONTROL.Output(display_name="control", tooltip="For Apply Frequency Control.")],
         )
 
     @classmethod
@@ -97,7 +97,7 @@ class ApplyFrequencyControl(io.ComfyNode):
                     tooltip="The mini band's coefficients are shuffled by this seed; other bands do not use it.",
                 ),
             ],
-            outputs=[io.Model.Output()],
+            outputs=[io.Model.Output(tooltip="The model, steered; the one that came in stays as it is.")],
         )
 
     @classmethod

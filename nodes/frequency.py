@@ -37,7 +37,10 @@ class FrequencyFilter(io.ComfyNode):
                     tooltip="The mini band's coefficients are shuffled by this seed; other bands do not use it.",
                 ),
             ],
-            outputs=[io.Latent.Output(), io.Image.Output(tooltip="The kept part, decoded.")],
+            outputs=[
+                io.Latent.Output(tooltip="The kept part."),
+                io.Image.Output(tooltip="The kept part, decoded."),
+            ],
         )
 
     @classmethod

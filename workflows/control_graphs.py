@@ -1,0 +1,82 @@
+"""Graphs with frequency control: one for each task, and a comparison of the steered teacher with its DHA student."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from .graphs import Picture, add_student, draw, node
+from .server import Graph
+
+MANY = "red apple left of lemon, noto style, sky blue background"
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a band is for: prompts of a source and of what is drawn after it, and the file of the control."""
+
+    title: str
+    source: str
+    prompt: str
+    control: str
+
+
+TASKS = {
+    "mini": Task("Style-guided creation", MANY, "octopus, noto style", "mini-sd21-mini.safetensors"),
+    "low": Task("Semantic manipulation", MANY, "orange left of lemon, noto style", "mini-sd21-low.safetensors"),
+    "mid": Task("Scene translation", MANY, "red apple left of lemon, pink background", "mini-sd21-mid.safetensors"),
+    "high": Task("Style translation", MANY, "red apple left of lemon, twitter style", "mini-sd21-high.safetensors"),
+}
+
+
+def steer(
+    checkpoint: str, picture: Picture, task: Task, student: str | None = None, strength: float = 1.0, **settings: Any
+) -> Graph:
+    """Draw the source (nodes 10 to 13), then anew after the task's prompt (node 9 saves it); a student is node 6.
+
+    For a picture of one's own, Load Image and VAE Encode take the place of nodes 10 and 11. `settings` are Apply DHA's.
+    """
+    graph = draw(checkpoint, replace(picture, prompt=task.prompt))
+    model = ["1", 0] if student is None else add_student(graph, student, settings)
+    source = {**picture.sampling(["4", 0]), "positive": ["10", 0]}
+    graph |= {
+        "10": node("CLIPTextEncode", text=task.source, clip=["1", 1]),
+        "11": node("KSampler", model=["1", 0], **source),
+        "12": node("VAEDecode", samples=["11", 0], vae=["1", 2]),
+        "13": node("PreviewImage", images=["12", 0]),
+        "14": node("LoadFrequencyControl", control_name=task.control),
+        "15": apply_control(model, strength),
+    }
+    graph["7"]["inputs"] |= {"model": ["15", 0], "seed": picture.seed + 1}
+    return graph
+
+
+def apply_control(model: list, strength: float) -> dict[str, Any]:
+    """Apply Frequency Control to a model's output, for the whole of the sampling."""
+    settings = {"strength": strength, "start_percent": 0.0, "end_percent": 1.0, "shuffle_seed": 0}
+    return node("ApplyFrequencyControl", model=model, control=["14", 0], source=["11", 0], **settings)
+
+
+def show_band(graph: Graph, band: str) -> None:
+    """Add what the band keeps of the source, node 17 previews it."""
+    kept = {"samples": ["11", 0], "vae": ["1", 2], "band": band, "scaled": True, "shuffle_seed": 0}
+    graph |= {"16": node("FrequencyFilter", **kept), "17": node("PreviewImage", images=["16", 1])}
+
+
+def compare_steered(
+    checkpoint: str, picture: Picture, task: Task, student: str, strength: float = 1.0, **settings: Any
+) -> Graph:
+    """Source (13 previews it), steered teacher and steered student (20, 21) and their difference (22 measures)."""
+    graph = steer(checkpoint, picture, task, student, strength, **settings)
+    for drawn in ("7", "8", "9"):
+        del graph[drawn]
+    sampling = {**picture.sampling(["4", 0]), "seed": picture.seed + 1}
+    graph |= {
+        "16": apply_control(["1", 0], strength),
+        "17": node("CompareModels", original=["16", 0], student=["15", 0], **sampling, repeats=1),
+        "18": node("VAEDecode", samples=["17", 0], vae=["1", 2]),
+        "19": node("VAEDecode", samples=["17", 1], vae=["1", 2]),
+        "20": node("PreviewImage", images=["18", 0]),
+        "21": node("PreviewImage", images=["19", 0]),
+        "22": node("ComparePictures", original=["18", 0], student=["19", 0], amplify=4.0, report=["17", 2]),
+        "23": node("SaveImage", images=["22", 0], filename_prefix="dha-control"),
+    }
+    return graph
