@@ -41,7 +41,13 @@ def read_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace
     parser.add_argument("--groups", nargs="+", choices=GROUPS, default=["stages"], help="of rows (stages)")
     parser.add_argument("--only", nargs="+", help="names of trained rows to run")
     parser.add_argument("--preset", default="mini", help="settings that the rows vary (%(default)s)")
-    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="one setting for all rows")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="one setting for all rows; for official only those of [train] and [data]",
+    )
     return parser.parse_args(arguments)
 
 
@@ -57,8 +63,11 @@ def list_rows(args: argparse.Namespace, student: DHAConfig, side: int, channels:
 
 def row_settings(args: argparse.Namespace, row: TrainedRow) -> Settings:
     """A row's settings; its steps and its file are not planned yet."""
+    given = [parse_override(text) for text in args.set]
+    if row.preset == "official":  # what is published stays
+        given = [(name, value) for name, value in given if name.startswith(("train.", "data."))]
     overrides = [
-        *(parse_override(text) for text in args.set),
+        *given,
         ("data.size", args.size),
         ("output.file", str(args.out / "students" / f"{row.stem}.safetensors")),
         ("watch.validate_every", 0),
