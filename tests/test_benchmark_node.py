@@ -1,0 +1,134 @@
+"""DHA Benchmark, its memory figures and its chart, in a real ComfyUI."""
+
+import io
+import json
+import os
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from workflows.formats import fill_defaults
+from workflows.graphs import CHECKPOINT, FOLDER, Picture, add_student, node, prepare
+from workflows.server import ServerError, find_comfyui, serve
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    if not os.environ.get("COMFYUI_PATH"):
+        pytest.skip("COMFYUI_PATH does not point to a ComfyUI")
+    if not (FOLDER / "models" / "checkpoints" / CHECKPOINT).is_file():
+        pytest.skip(f"{CHECKPOINT} is not there")
+    with serve(find_comfyui(None), tmp_path_factory.mktemp("comfyui")) as running:
+        running.info = running.get("/object_info")
+        yield running
+
+
+def benchmark(sizes: str, **settings):
+    """Node 7 is the benchmark of the original against itself, training-free."""
+    graph = prepare(CHECKPOINT, Picture("owl"))
+    del graph["4"]
+    student = add_student(graph, None, {"levels": "two finest"})
+    inputs = {"positive": ["2", 0], "negative": ["3", 0], "sizes": sizes, "steps": 1, "repeats": 1, "cfg": 1.0}
+    graph["7"] = node("DHABenchmark", original=["1", 0], student=student, **{**inputs, **settings})
+    graph["8"] = node("PreviewImage", images=["7", 0])
+    return graph
+
+
+def run(server, graph, **kwargs):
+    return server.run(fill_defaults(graph, server.info), **kwargs)
+
+
+def test_every_size_is_timed_and_progress_reaches_its_end(server):
+    events = []
+    outcome = run(server, benchmark("64, 128x64"), on_progress=lambda *event: events.append(event))
+    report = json.loads(outcome.text("7"))
+    assert [(size["width"], size["height"]) for size in report["sizes"]] == [(64, 64), (128, 64)]
+    for size in report["sizes"]:
+        assert size["speedup"] == pytest.approx(size["original"]["seconds"] / size["student"]["seconds"])
+    small, large = (size["original"]["peak_memory"] for size in report["sizes"])
+    assert large > 1.5 * small
+    values = [(value, total) for key, value, total in events if key == "7" and total > 1]
+    assert values == sorted(values) and values[-1] == (8, 8)
+    rows = json.loads(outcome.outputs["7"]["table"][0])
+    assert [row[0] for row in rows] == ["size", "64x64", "128x64"]
+
+
+def test_the_chart_has_a_bar_for_each_model(server):
+    outcome = run(server, benchmark("64"))
+    chart = np.asarray(Image.open(io.BytesIO(server.fetch(outcome.images("7")[0]))))
+    for colour in ((0x8A, 0x8F, 0x98), (0xE8, 0x89, 0x1C)):
+        found = (chart == colour).all(-1)
+        assert found[70:].sum() > 1000, "beside the legend, a bar"
+
+
+@pytest.mark.parametrize("sizes", ["", "abc", "100", "64x", "32", "9000", "64 128", "-64"])
+def test_wrong_sizes_are_explained(server, sizes):
+    with pytest.raises(ServerError, match="DHA Benchmark found .*(expected|enter)"):
+        run(server, benchmark(sizes))
+
+
+def test_cancel_stops_it(server):
+    def cancel(key, value, total):
+        if key == "7" and value == 3:
+            server.interrupt()
+
+    with pytest.raises(ServerError, match="cancelled in DHABenchmark"):
+        run(server, benchmark("64", steps=100, repeats=20), on_progress=cancel)
+
+
+@pytest.fixture(scope="module")
+def memory(pack):
+    return sys.modules[f"{pack.__name__}.nodes.memory"]
+
+
+def measure(memory, work) -> float:
+    """Peak in units of 1 MiB."""
+    with torch.inference_mode(), memory.watch_peak(torch.device("cpu")) as peak:
+        work()
+    return peak.bytes / 2**20
+
+
+def test_peak_memory_is_that_of_tensors_alive_at_once(memory):
+    def work():
+        first = torch.zeros(2**18)
+        second = torch.zeros(2**19)
+        del second
+        third = torch.zeros(2**18)
+        return first, third
+
+    assert measure(memory, work) == pytest.approx(3)
+
+
+def test_views_and_changes_in_place_take_no_memory(memory):
+    outside = torch.zeros(2**18)
+
+    def work():
+        outside.view(-1, 2).transpose(0, 1)[0].add_(1)
+
+    assert measure(memory, work) == 0
+
+
+def test_weights_of_a_student_are_counted(studio, student, memory):
+    alone, both = memory.count_weights(studio.model), memory.count_weights(studio.apply(student=student))
+    assert both - alone == student.patcher.model_size() > 0
+
+
+def test_a_size_that_does_not_fit_is_left_out(pack, monkeypatch):
+    """The other sizes are still measured; the chart and the table say which one was too large."""
+    import comfy.model_management
+
+    module = sys.modules[f"{pack.__name__}.nodes.benchmark"]
+
+    def fail(*_):
+        raise comfy.model_management.OOM_EXCEPTION("no room")
+
+    monkeypatch.setattr(module, "time_both", fail)
+    size = module.time_size(None, {}, module.make_latent(128, 64, 1), 1, None)
+    assert size == {"width": 128, "height": 64, "error": "out of memory"}
+    report = {"sizes": [size]}
+    assert module.tabulate(report)[1][1] == "out of memory"
+    assert module.summarise(report) == "no size fitted into the memory"
+    module.draw_bars(report["sizes"], "title")
