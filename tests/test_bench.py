@@ -229,7 +229,7 @@ def test_larger_sizes_are_forecast_from_smaller_ones():
     forecast = Forecast()
     hold_contest([enter("ours", 0.2, work=1.0)], CPU, rounds=1, forecast=forecast)
     (record,) = hold_contest([enter("ours", work=100.0)], CPU, 1, time.monotonic() + 10, forecast=forecast)
-    assert record.error.startswith("skipped: about 2") and not record.seconds
+    assert record.error.startswith("skipped: about 4") and not record.seconds
 
 
 @pytest.mark.parametrize("part", PARTS)

@@ -33,7 +33,7 @@ def measured():
     return importlib.import_module("speed_pack.nodes.measured")
 
 
-def list_keys(name: str, side: int) -> int:
+def spend_keys(name: str, side: int) -> int:
     """Keys at the finest level of a square picture, training-free."""
     student, preset = Student(DHAConfig(), FULL_SIZE), PRESETS[name]
     plan = student.plan(side // 8, side // 8, preset.token_budget, preset.max_tokens)
@@ -42,14 +42,14 @@ def list_keys(name: str, side: int) -> int:
 
 def test_presets_spend_fewer_keys_in_the_order_of_their_names():
     for side in (512, 768, 1024, 2048):
-        quality, balanced, fast = (list_keys(name, side) for name in ("quality", "balanced", "fast"))
+        quality, balanced, fast = (spend_keys(name, side) for name in ("quality", "balanced", "fast"))
         assert quality > balanced > fast > 0
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_above_1024_the_number_of_keys_stays_so_that_cost_grows_linearly(name):
     most = PRESETS[name].max_tokens
-    keys = [list_keys(name, side) for side in (1024, 2048, 4096)]
+    keys = [spend_keys(name, side) for side in (1024, 2048, 4096)]
     assert all(0.8 * most <= count <= most for count in keys)
 
 

@@ -179,12 +179,12 @@ def attempt(record: Record, action: Callable[[], Any]) -> Any:
     return None
 
 
-def find_refusal(expected: float | None, round_seconds: float, deadline: float) -> str | None:
-    """Why an entrant is not to start: a warm-up, and a round of all so far and of itself, would pass the deadline."""
+def find_refusal(expected: float | None, others: float, deadline: float) -> str | None:
+    """Why an entrant that takes about `expected` seconds is not to start: after it `others` must fit as well."""
     left = deadline - time.monotonic()
-    if expected is None or 2 * expected + round_seconds <= left:
+    if expected is None or expected + others <= left:
         return None
-    return f"skipped: about {expected:.3g} s a run expected, {max(left, 0):.3g} s left"
+    return f"skipped: about {expected:.3g} s expected, {max(left, 0):.3g} s left"
 
 
 class Contest:
@@ -209,12 +209,13 @@ class Contest:
             self.live.append(index)
 
     def expect(self, entrant: Entrant) -> float | None:
-        """Seconds of a run: from smaller ones of its kind, else as long as the first entrant takes."""
+        """Seconds of a warm-up and a lap: from smaller ones of its kind, else what the first entrant took."""
         first = self.records[self.live[0]] if self.live else None
         if entrant.compiled:
             return first.warm_up_seconds if first else COMPILING
-        expected = self.forecast.expect(entrant)
-        return first.seconds[0] if expected is None and first else expected
+        run = self.forecast.expect(entrant)
+        run = first.seconds[0] if run is None and first else run
+        return None if run is None else 2 * run
 
     def try_out(self, entrant: Entrant, record: Record) -> None:
         output = warm_up(entrant, record, self.device)

@@ -85,12 +85,18 @@ def plan_compiled(arguments: argparse.Namespace, subjects: list[Subject]) -> Ite
 
         def enter(size=size):
             torch._dynamo.reset()  # one compilation a size, none with sizes left open
-            torch._dynamo.config.recompile_limit = 64  # the subjects share the UNet's code
+            allow_compilations(64)  # the subjects share the UNet's code
             few = [compile_subject(subject) for subject in subjects if is_wanted(subject.name, COMPILED)]
             return enter_steps(few, size, arguments.batch[-1], ("step", "compiled"), True)
 
         labels = describe_size(size, batch=arguments.batch[-1], backend="sdpa", compiled=True)
         yield Task("step", labels, enter, size.work + 60)
+
+
+def allow_compilations(count: int) -> None:
+    """Raise the limit behind which torch.compile silently runs eagerly; its name depends on PyTorch's version."""
+    config = torch._dynamo.config
+    setattr(config, "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit", count)
 
 
 def plan_pictures(arguments: argparse.Namespace, subjects: list[Subject]) -> Iterator[Task]:
