@@ -103,7 +103,7 @@ class HybridSite(nn.Module):
     def weigh_keys(self, x: Tensor, plan: ContextPlan, scores: Tensor | None, chosen: Tensor | None) -> Tensor:
         """Log-weights (B, m) of chosen, grid and memory keys, in this order; scores (B, N), chosen (B, k)."""
         weights = []
-        if chosen is not None:
+        if scores is not None and chosen is not None:
             weights.append(straight_through(scores.gather(1, chosen)))
         if plan.coarse and self.weighted:
             weights.append(rest_weights(plan, chosen, x.device).log().to(x.dtype))
