@@ -97,18 +97,22 @@ def to_document(report: Report) -> dict:
 
 
 def compare_at_equal_time(report: Report, times: dict[str, dict]) -> dict[str, dict]:
-    """For every form of DHA, the best of the peers that take at least as long a step; empty without any peers.
+    """For every form of DHA, the `best` of the peers that take at least as long a step; empty without any peers.
 
-    Times are those relative to the teacher's in the same round, which a machine's moods disturb least.
+    `best_faster` is the best of those that are still faster than the teacher, which is exact at its own time. Times are
+    relative to the teacher's in the same round, which a machine's moods disturb least.
     """
     errors = {name: report.rows[name]["error mean"] for name in times if "error mean" in report.rows[name]}
-    peers = set(errors) - report.ours
+    peers = sorted(set(errors) - report.ours)
     found = {}
     for name in (name for name in errors if name in report.ours and peers):
         slower = [peer for peer in peers if times[peer]["relative"] * EQUAL >= times[name]["relative"]]
-        best = min(slower, key=lambda peer: errors[peer], default=None)
-        better = best is None or errors[name] < errors[best]
-        found[name] = {"peers": len(slower), "best": best, "better": better}
+        faster = [peer for peer in slower if times[peer]["relative"] * EQUAL < 1]
+        entry: dict = {"peers": len(slower)}
+        for key, members in (("best", slower), ("best_faster", faster)):
+            best = min(members, key=lambda peer: errors[peer], default=None)
+            entry |= {key: best, f"better_than_{key}": best is None or errors[name] < errors[best]}
+        found[name] = entry
     return found
 
 
@@ -171,12 +175,15 @@ def tabulate_time(report: Report, timing: dict, equal: dict[str, dict]) -> tuple
 
 
 def say_equal(against: dict | None) -> str:
-    """The last cell of a row of times: which peer is the best at this time or more, and who has less error."""
+    """The last cell of a row of times: the best peers at this time or more, and who has less error."""
     if against is None:
         return ""
-    if against["best"] is None:
-        return "none takes as long"
-    return f"{against['best']}: has {'more' if against['better'] else 'less'} error"
+    said = [
+        f"{against[key]} has {'more' if against[f'better_than_{key}'] else 'less'} error{where}"
+        for key, where in (("best", ""), ("best_faster", ", of those faster than the teacher"))
+        if against[key] is not None
+    ]
+    return "; ".join(dict.fromkeys(said[:1] if against["best"] == against["best_faster"] else said)) or "none as slow"
 
 
 def draw_plots(report: Report, stem: str) -> dict[str, tuple[str, bytes]]:

@@ -237,9 +237,20 @@ def make_report():
 def test_peers_are_compared_at_the_same_time_or_more():
     report = make_report()
     times = report.timing[0]["subjects"]
-    assert compare_at_equal_time(report, times) == {"ours": {"peers": 2, "best": "slower peer", "better": False}}
+    assert compare_at_equal_time(report, times)["ours"]["best"] == "slower peer"
+    assert not compare_at_equal_time(report, times)["ours"]["better_than_best"]
     times["slower peer"]["relative"] = 0.7
-    assert compare_at_equal_time(report, times)["ours"] == {"peers": 1, "best": "slow peer", "better": True}
+    found = compare_at_equal_time(report, times)["ours"]
+    assert (found["peers"], found["best"], found["better_than_best"]) == (1, "slow peer", True)
+
+
+def test_peers_that_are_no_faster_than_the_teacher_are_told_apart():
+    report = make_report()
+    times = report.timing[0]["subjects"]
+    times["slower peer"]["relative"] = 1.1
+    found = compare_at_equal_time(report, times)["ours"]
+    assert (found["best"], found["better_than_best"]) == ("slower peer", False)
+    assert (found["best_faster"], found["better_than_best_faster"]) == ("slow peer", True)
 
 
 def test_the_page_holds_its_pictures_and_says_what_is_missing(tmp_path):
