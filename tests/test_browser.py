@@ -143,9 +143,8 @@ def test_every_node_has_a_help_page(server, frontend):
 
 def test_the_template_browser_lists_the_workflows(frontend):
     frontend.open_templates()
-    cards = {
-        name: frontend.page.get_by_test_id(f"template-workflow-{name.removesuffix('.json')}") for name in WORKFLOWS
-    }
+    names = [name.removesuffix(".json") for name in WORKFLOWS]
+    cards = {name: frontend.page.get_by_test_id(f"template-workflow-{name}") for name in names}
     for card in cards.values():
         card.scroll_into_view_if_needed()
         picture = card.locator("img").first

@@ -161,7 +161,8 @@ class Frontend:
         self.page.get_by_test_id("template-workflows-content").wait_for()
 
     def shoot(self, path: Path) -> None:
-        """Write a screenshot as JPEG."""
+        """Write a screenshot as JPEG, once the results have been drawn."""
+        self.page.wait_for_timeout(2000)
         path.parent.mkdir(parents=True, exist_ok=True)
         self.page.screenshot(path=path, type="jpeg", quality=80)
 

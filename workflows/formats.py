@@ -13,6 +13,7 @@ NOTE_SIZE = (700, 250)
 WIDTH = 300
 # Nodes that show something: pixels across, and down beyond their inputs.
 ROOM = {
+    "KSampler": (WIDTH, 280),
     "PreviewImage": (WIDTH, 280),
     "SaveImage": (WIDTH, 280),
     "CompareModels": (WIDTH, 170),
