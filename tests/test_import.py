@@ -22,6 +22,7 @@ class Keep(logging.Handler):
 
 root, base, said = Path(sys.argv[1]), Path(sys.argv[2]), []
 host = boot(base, cpu=True)
+import comfy_config.config_parser  # what ComfyUI reads a pack's pyproject.toml with; pydantic is most of it
 logging.getLogger().addHandler(Keep(logging.WARNING))
 known, before = set(sys.modules), time.process_time()
 host.load_pack(root)

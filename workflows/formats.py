@@ -194,6 +194,6 @@ def read_widgets(item: dict[str, Any], info: dict[str, Any]) -> dict[str, Any]:
     if len(values) != len(names):
         raise ValueError(
             f"Node {item['id']} ({item['type']}) has {len(values)} widget values, this ComfyUI expects {len(names)}: "
-            "write the graphs anew with `python -m workflows.graphs`"
+            "write the graphs anew with `python -m workflows.shipping`"
         )
     return {name: value for name, value in zip(names, values, strict=True) if name}
