@@ -9,8 +9,7 @@ import torch
 from comfy_api.latest import io, ui
 
 from .compare import describe_run, report_laps
-from .pixels import to_images
-from .plot import draw_bars
+from .plot import draw_bars, to_images
 from .tables import MISSING, Table, show_bytes, show_number, show_report
 from .timing import Sampling, count_steps, time_both
 
