@@ -9,7 +9,8 @@ import torch
 from comfy_api.latest import io, ui
 
 from .compare import describe_run, report_laps
-from .plot import draw_bars, to_images
+from .pixels import to_images
+from .plot import draw_bars
 from .tables import MISSING, Table, show_bytes, show_number, show_report
 from .timing import Sampling, count_steps, time_both
 

@@ -2,8 +2,6 @@
 
 from typing import Any
 
-import numpy as np
-import torch
 from PIL import Image, ImageDraw, ImageFont
 
 WIDTH, HEIGHT = 960, 540
@@ -60,8 +58,3 @@ def draw_size(pen: ImageDraw.ImageDraw, size: dict[str, Any], left: float, room:
         pen.rectangle((start + 2, top, start + bar - 2, floor), colour)
         pen.text((start + bar / 2, top - 4), f"{seconds:.3g}", INK, small, anchor="ms")
     pen.text((middle, floor + 28), f"{size['speedup']:.2f}x", INK, ImageFont.load_default(20), anchor="ma")
-
-
-def to_images(pictures: list[Image.Image]) -> torch.Tensor:
-    """RGB pictures of one size as ComfyUI's IMAGE (B, H, W, 3) in 0..1."""
-    return torch.from_numpy(np.stack([np.asarray(picture, dtype=np.float32) / 255 for picture in pictures]))

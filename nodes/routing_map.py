@@ -11,7 +11,7 @@ from comfy_api.latest import io, ui
 from ..dha.patch import WATCH
 from ..dha.routing import ContextPlan, coarse_indices
 from ..dha.sites import Site
-from .plot import to_images
+from .pixels import to_images
 from .routing_picture import draw_frame
 from .tables import show_report
 from .timing import Sampling
