@@ -12,7 +12,8 @@ from pathlib import Path
 from .fields import SettingsError
 from .host import ensure_comfy
 from .journal import Journal
-from .settings import Settings, assemble_settings, list_presets, parse_override
+from .leash import follow_parent
+from .settings import Settings, assemble_settings, list_presets, parse_override, share_steps
 
 COMMANDS = {  # modules with a `main` of their own
     "control": "control.command",
@@ -33,7 +34,14 @@ def read_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--config", type=Path, default=None, help="a TOML file of settings")
     parser.add_argument("--preset", choices=list_presets(), default="", help="start from shipped settings")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="one setting: train.batch=8")
+    parser.add_argument("--steps", type=int, default=0, help="steps in all, shared by the stages as in the settings")
     parser.add_argument("--dry-run", action="store_true", default=False, help="build all, try each stage, keep nothing")
+    parser.add_argument(
+        "--stop-with-parent",
+        action="store_true",
+        default=False,
+        help="save and stop when standard input ends, which the program that starts this one holds open",
+    )
     parser.add_argument("--comfyui", default=None, help="ComfyUI's folder, when not on PYTHONPATH (or COMFYUI_PATH)")
     add_shorthands(parser.add_argument_group("short for settings"))
     return parser.parse_args(arguments)
@@ -71,6 +79,8 @@ def read_settings(args: argparse.Namespace) -> Settings:
     shorthands = [(name, value) for name, value in vars(args).items() if "." in name]
     overrides = [*shorthands, *map(parse_override, args.set)]
     settings = assemble_settings(args.preset, args.config, overrides)
+    if args.steps:
+        settings = share_steps(settings, args.steps)
     for name, value, option in (
         ("data.path", settings.data.path, "--data"),
         ("output.file", settings.output.file, "--out"),
@@ -114,6 +124,8 @@ def main() -> None:
     args = read_arguments(sys.argv[1:])
     settings = read_settings(args)
     ensure_comfy(args.comfyui)
+    if args.stop_with_parent:
+        follow_parent()
     from .state import TrainingStopped
 
     try:

@@ -229,3 +229,17 @@ def assemble_settings(
         over = merge(over, nest(name, value))
     base = merge(default_tables(), read_preset(preset) if preset else {})
     return build(Settings, {**merge(merge(base, tables), over), "preset": preset})
+
+
+def share_steps(settings: Settings, total: int) -> Settings:
+    """The same run with `total` steps, shared by its stages in the same proportions; raises SettingsError."""
+    if total < 1 or not settings.steps:
+        raise SettingsError(f"--steps is {total} for stages of {settings.steps} steps, expected both to be at least 1")
+    given, done, shared = 0, 0, {}
+    for name in ("transfer", "imitation", "quality"):
+        stage = getattr(settings, name)
+        done += stage.steps
+        end = round(total * done / settings.steps)
+        shared[name] = dataclasses.replace(stage, steps=end - given)
+        given = end
+    return dataclasses.replace(settings, **shared)

@@ -12,6 +12,7 @@ from .frequency import FrequencyFilter
 from .load import LoadDHAStudent
 from .routing_map import RoutingMap
 from .save_report import SaveReport
+from .train import DKDTrain
 
 WEB_DIRECTORY = "./web"  # what the browser gets, seen from the root
 
@@ -20,7 +21,7 @@ class DHAExtension(ComfyExtension):
     async def get_node_list(self):
         control = [FrequencyFilter, LoadFrequencyControl, ApplyFrequencyControl]
         compare = [CompareModels, ComparePictures, Benchmark, RoutingMap, SaveReport]
-        return [LoadDHAStudent, ApplyDHA, *compare, *control]
+        return [LoadDHAStudent, ApplyDHA, DKDTrain, *compare, *control]
 
 
 async def comfy_entrypoint() -> DHAExtension:

@@ -4,7 +4,7 @@ import { element, makeReport } from './report.js'
 import { Slider } from './slider.js'
 
 // Pixels that a node's results need; a slider takes what there is.
-const HEIGHT = { CompareModels: 190, ComparePictures: 480, DHABenchmark: 200, DHARoutingMap: 175 }
+const HEIGHT = { CompareModels: 190, ComparePictures: 480, DHABenchmark: 200, DHARoutingMap: 175, DKDTrain: 210 }
 
 function addStyle() {
   const style = element('link', '')

@@ -10,11 +10,13 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from .examples import EXAMPLES
+from .examples import EXAMPLES as SMALL
 from .formats import to_api
 from .graphs import FOLDER
 from .server import Server, find_comfyui, serve
+from .training_graphs import TRAINING
 
+EXAMPLES = {**SMALL, **TRAINING}
 SIDE = 384  # pixels of a thumbnail
 PAPER = (24, 24, 26)
 

@@ -1,0 +1,298 @@
+"""DKD Train: distils a student of the connected checkpoint in a process of its own, and hands it to Apply DHA."""
+
+import json
+import time
+from typing import Any
+
+import comfy.model_management
+import comfy.utils
+from comfy_api.latest import io, ui
+
+from .export_teacher import check_teacher, collect_weights, hash_weights, write_checkpoint
+from .load import DHA_STUDENT, load_into_host
+from .pixels import to_images
+from .tables import MISSING, Table, show_number, show_report, show_text
+from .train_curve import draw_curve, join, open_sheet
+from .train_data import Data, find_data
+from .train_journal import Progress, read_failure, read_progress, show_duration
+from .train_process import TrainerError, TrainerProcess, check_needs, read_tail
+from .train_run import Choice, Run, check_place, install_student, list_presets, plan_run, write_settings
+
+PRESET = "preset"
+LEVELS = {PRESET: None, "finest": (0,), "two finest": (0, 1), "three finest": (0, 1, 2), "all": (0, 1, 2, 3)}
+PREVIEW = 768  # pixels
+INTERVAL = 0.5  # seconds between two looks at the journal
+REDRAW = 3.0  # seconds between two pictures of the curve
+PATIENCE = 300.0  # seconds for the step under way and the save, when asked to stop
+
+
+class DKDTrain(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DKDTrain",
+            display_name="DKD Train",
+            category="DHA",
+            description="Trains a DHA student of the connected Stable Diffusion 2.x checkpoint, LoRAs included, in a "
+            "process of its own. Cancel saves; queue again to go on. What is trained already is not trained again.",
+            is_output_node=True,
+            inputs=[
+                io.Model.Input("model", tooltip="The teacher, from a loader or after LoRAs, not after Apply DHA."),
+                io.Clip.Input("clip", tooltip="The checkpoint's text encoder."),
+                io.Vae.Input("vae", tooltip="The checkpoint's VAE."),
+                io.String.Input(
+                    "name", default="my-student", tooltip="The student's file in models/dha gets this name."
+                ),
+                io.String.Input(
+                    "data_folder",
+                    default="",
+                    tooltip="A folder below ComfyUI's input folder: pictures beside .txt files of the same name, or "
+                    "image/ and prompt/, or .tar shards. Empty: the teacher draws pictures for the prompts below.",
+                ),
+                io.String.Input(
+                    "prompts",
+                    default="",
+                    multiline=True,
+                    tooltip="One prompt a line, of the kind that you draw with; used where no data folder is named. "
+                    "Some hundreds are good, 8 the least for a look at the samples.",
+                ),
+                io.Combo.Input(
+                    "preset",
+                    options=list_presets(),
+                    default="sd21",
+                    tooltip="sd21: the real Stable Diffusion 2.x. mini: the mini model of this pack. official: the "
+                    "published distillation, for comparison.",
+                ),
+                io.Int.Input(
+                    "steps",
+                    default=0,
+                    min=0,
+                    max=10_000_000,
+                    tooltip="Training steps in all, shared by the stages as in the preset. 0: as many as the preset "
+                    "says.",
+                ),
+                io.Int.Input(
+                    "size",
+                    default=0,
+                    min=0,
+                    max=4096,
+                    step=64,
+                    tooltip="Side of the training pictures in pixels. 0: as the preset says (sd21 512, mini 128).",
+                ),
+                io.Float.Input(
+                    "token_budget",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.005,
+                    optional=True,
+                    tooltip="Share of the tokens that answer, around which the student is trained. 0: as the preset "
+                    "says.",
+                ),
+                io.Combo.Input(
+                    "levels",
+                    options=list(LEVELS),
+                    default=PRESET,
+                    optional=True,
+                    tooltip="Resolutions of the UNet that the student replaces; nearly all of the cost is at the "
+                    "finest.",
+                ),
+                io.Int.Input(
+                    "batch",
+                    default=0,
+                    min=0,
+                    max=4096,
+                    optional=True,
+                    tooltip="Pictures of a step. Fewer need less memory. 0: as the preset says.",
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFF,
+                    optional=True,
+                    tooltip="Decides every draw of the training; the same seed trains the same student.",
+                ),
+            ],
+            outputs=[
+                DHA_STUDENT.Output(display_name="student", tooltip="The trained student, for Apply DHA."),
+                io.Image.Output("curve", display_name="loss_curve", tooltip="Losses over the steps."),
+                io.Image.Output(
+                    "sheet",
+                    display_name="samples",
+                    tooltip="Rows of teacher, student and four times their difference, same prompts and seeds.",
+                ),
+                io.String.Output("report", display_name="report", tooltip="The record of the training as JSON."),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, data_folder="", prompts="", **_):
+        try:
+            return find_data(data_folder or "", prompts or "").key
+        except (ValueError, OSError) as error:  # execute says it again, on the node
+            return str(error)
+
+    @classmethod
+    def execute(
+        cls,
+        model,
+        clip,
+        vae,
+        name,
+        data_folder,
+        prompts,
+        preset,
+        steps,
+        size,
+        token_budget=0.0,
+        levels=PRESET,
+        batch=0,
+        seed=0,
+    ) -> io.NodeOutput:
+        check_teacher(model, clip, vae)
+        data = find_data(data_folder, prompts)
+        given = (steps or None, size or None, token_budget or None, LEVELS[levels], batch or None)
+        choice = Choice(name.strip(), preset, *given, seed)
+        run = prepare_run(choice, data, (model, clip, vae))
+        trained = not run.student.is_file()
+        if trained:
+            free_models()
+            train(run, data, cls.hidden.unique_id)
+        student = load_into_host(install_student(run), run.student.name)
+        outputs, shown = show_results(cls, run, trained)
+        return io.NodeOutput(student, *outputs, ui=shown)
+
+
+def prepare_run(choice: Choice, data: Data, models: tuple) -> Run:
+    """The run of these inputs, with all of its files in place unless its student is there already."""
+    weights = collect_weights(*models)
+    run = plan_run(choice, hash_weights(weights), data)
+    check_place(run)
+    if not run.student.is_file():
+        check_needs()
+        run.folder.mkdir(parents=True, exist_ok=True)
+        device = "auto" if comfy.model_management.get_torch_device().type == "cuda" else "cpu"
+        write_settings(run, choice, data, device)
+        if not run.teacher.is_file():
+            write_checkpoint(run.teacher, weights)
+    return run
+
+
+def free_models() -> None:
+    """Give the trainer the memory that ComfyUI's models take."""
+    comfy.model_management.unload_all_models()
+    comfy.model_management.soft_empty_cache()
+
+
+def train(run: Run, data: Data, node_id: str) -> None:
+    """Run the trainer to its end; raises TrainerError, or on cancel what ComfyUI raises, after it has saved."""
+    begun = time.time()
+    process = TrainerProcess(run.list_arguments(), run.log)
+    try:
+        Screen(run, data, node_id).follow(process)
+        process.check()
+    except TrainerError as error:
+        raise TrainerError(explain_failure(run, str(error), begun)) from None
+    finally:
+        stop(process, node_id)
+        run.teacher.unlink(missing_ok=True)  # it is large, and the same graph makes it again
+    if not run.student.is_file():
+        raise TrainerError(f"DKD Train: the trainer ended without a student. The end of its log:\n{read_tail(run.log)}")
+
+
+def stop(process: TrainerProcess, node_id: str) -> None:
+    """Let the trainer save and end if it has not; kill it when that takes too long or a second cancel comes."""
+    process.ask_to_stop()
+    deadline = time.monotonic() + PATIENCE
+    while not process.wait(INTERVAL):
+        show_text(node_id, "stopping: the trainer saves its state ...")
+        if time.monotonic() > deadline or comfy.model_management.processing_interrupted():
+            process.kill()
+
+
+def explain_failure(run: Run, message: str, since: float) -> str:
+    """What a user needs to know of a trainer that failed."""
+    progress = read_progress(run.journal)
+    kept = any(run.folder.glob("state-*.pt"))
+    note = f" Queue again to go on from its last save (it came to step {progress.step})." if progress and kept else ""
+    reason = read_failure(run.journal, since)
+    return f"DKD Train: {reason or 'no student was made'}.{note} In detail: {message}"
+
+
+class Screen:
+    """What the browser sees of a run: a line on the node, the progress bar, the curve and the samples."""
+
+    def __init__(self, run: Run, data: Data, node_id: str):
+        self.run, self.data, self.node_id = run, data, node_id
+        self.bar: comfy.utils.ProgressBar | None = None
+        self.drawn = (0.0, -1)  # when, and at which step
+
+    def follow(self, process: TrainerProcess) -> None:
+        """Show the run until its process ends; raises what ComfyUI raises on cancel."""
+        while not process.wait(INTERVAL):
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            self.show()
+        self.show()
+
+    def show(self) -> None:
+        """Show how far it is."""
+        progress = read_progress(self.run.journal)
+        if progress is None or not progress.total:
+            last = read_tail(self.run.log, 1)
+            doing = last if "%|" in last else "starting the trainer"
+            show_text(self.node_id, f"preparing {self.data.describe()}: {doing}")
+            return
+        show_text(self.node_id, progress.describe())
+        if self.bar is None:
+            self.bar = comfy.utils.ProgressBar(progress.total)
+        self.bar.update_absolute(progress.step, progress.total, self.draw(progress))
+
+    def draw(self, progress: Progress) -> tuple[str, Any, int] | None:
+        """A new preview where there is something new, at most one every few seconds."""
+        before, step = self.drawn
+        if progress.step == step or time.monotonic() - before < REDRAW:
+            return None
+        self.drawn = (time.monotonic(), progress.step)
+        curve = draw_curve(progress, self.run.name)
+        return "JPEG", join(curve, open_sheet(progress)) if progress.sheet else curve, PREVIEW
+
+
+def show_results(cls, run: Run, trained: bool) -> tuple:
+    """Curve, samples and report of a finished run, as outputs; the report comes with what the browser gets."""
+    progress = read_progress(run.journal) or Progress()
+    curve, sheet = (to_images([picture]) for picture in (draw_curve(progress, run.name), open_sheet(progress)))
+    report = {"student": run.student.name, "trained_now": trained, **read_record(run)}
+    text, shown = show_report(report, summarise(report), tabulate(report))
+    previews = [ui.PreviewImage(picture, cls=cls).as_dict() for picture in (curve, sheet)]
+    images = [image for preview in previews for image in preview["images"]]
+    return (curve, sheet, text), {**previews[0], **shown, "images": images}
+
+
+def read_record(run: Run) -> dict[str, Any]:
+    """What the trainer wrote about the student, without the command, which names folders of the server."""
+    record = json.loads(run.record.read_text(encoding="utf-8")) if run.record.is_file() else {}
+    record.pop("command", None)
+    return record
+
+
+def summarise(report: dict[str, Any]) -> str:
+    """One line for the node."""
+    place = f"models/dha/{report['student']}"
+    if not report["trained_now"]:
+        return f"Nothing has changed since it was trained: {place}"
+    return f"Trained {report.get('steps', 0)} steps: {place}"
+
+
+def tabulate(report: dict[str, Any]) -> Table:
+    """Rows for the browser."""
+    return [
+        ["", "student"],
+        ["steps", str(report.get("steps", MISSING))],
+        ["pictures or prompts", str(report.get("pairs", MISSING))],
+        ["trained parameters", str(report.get("parameters", MISSING))],
+        ["time of the steps", show_duration(report.get("seconds") or 0)],
+        ["images/s", show_number(report.get("images_per_second"), 1)],
+        ["held-out error", show_number((report.get("validation") or {}).get("mean"), 4)],
+    ]

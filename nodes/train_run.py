@@ -1,0 +1,158 @@
+"""Where a training of DKD Train keeps its files, and what its process is told."""
+
+import filecmp
+import hashlib
+import json
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import folder_paths
+
+from .model_folders import STUDENTS
+from .train_data import Data
+
+PRESETS = Path(__file__).resolve().parent.parent / "dkd_trainer" / "presets"
+NAME = re.compile(r"\w[\w .-]{0,79}(?<![ .])")
+SHEETS = 5  # of a training whose steps are given
+LINES = 1000  # of its journal, at most
+
+Tables = dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What the node's inputs say, beside the models and the data; None leaves a setting to the preset."""
+
+    name: str
+    preset: str
+    steps: int | None
+    size: int | None
+    token_budget: float | None
+    levels: tuple[int, ...] | None
+    batch: int | None
+    seed: int
+
+    def list_settings(self) -> Tables:
+        """The trainer's settings that are given."""
+        tables: Tables = {
+            "data": {"size": self.size},
+            "student": {"token_budget": self.token_budget, "levels": self.levels},
+            "train": {"batch": self.batch, "seed": self.seed},
+            "watch": {},
+        }
+        if self.steps:
+            tables["watch"] = {
+                "log_every": max(1, self.steps // LINES),
+                "sheet_every": max(1, self.steps // SHEETS),
+                "validate_every": max(1, self.steps // SHEETS),
+            }
+        return {
+            section: {name: value for name, value in table.items() if value is not None}
+            for section, table in tables.items()
+        }
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training: the same inputs have the same `folder`, so that it goes on where it was stopped."""
+
+    name: str
+    folder: Path
+    steps: int | None
+
+    @property
+    def student(self) -> Path:
+        """The finished student; the trainer writes it last."""
+        return self.folder / f"{self.name}.safetensors"
+
+    @property
+    def record(self) -> Path:
+        """What the trainer writes about the finished student."""
+        return self.student.with_suffix(".json")
+
+    @property
+    def teacher(self) -> Path:
+        return self.folder / "teacher.safetensors"
+
+    @property
+    def journal(self) -> Path:
+        return self.folder / "journal.jsonl"
+
+    @property
+    def log(self) -> Path:
+        return self.folder / "train.log"
+
+    @property
+    def installed(self) -> Path:
+        """Where Load DHA Student and the user find the student."""
+        return Path(folder_paths.get_folder_paths(STUDENTS)[0]) / self.student.name
+
+    def list_arguments(self) -> list[str]:
+        """The trainer's command line."""
+        steps = ["--steps", str(self.steps)] if self.steps else []
+        return ["--config", str(self.folder / "run.toml"), *steps, "--stop-with-parent"]
+
+
+def list_presets() -> list[str]:
+    return sorted(file.stem for file in PRESETS.glob("*.toml"))
+
+
+def plan_run(choice: Choice, teacher: str, data: Data) -> Run:
+    """The run of these inputs, in ComfyUI's output folder; `teacher` is a hash. Raises ValueError for a wrong name."""
+    if not NAME.fullmatch(choice.name):
+        raise ValueError(
+            f"DKD Train cannot call a student {choice.name!r}; expected letters, digits, spaces, points, dashes and "
+            "underscores, a letter or digit first, at most 80"
+        )
+    preset = (PRESETS / f"{choice.preset}.toml").read_text(encoding="utf-8")
+    parts = [teacher, data.key, preset, choice.steps, choice.list_settings()]
+    key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
+    folder = Path(folder_paths.get_output_directory()) / "dkd" / choice.name / key
+    return Run(choice.name, folder.resolve(), choice.steps)
+
+
+def write_settings(run: Run, choice: Choice, data: Data, device: str) -> None:
+    """Put the trainer's settings, and the prompts if there are any, into the run's folder."""
+    source = data.folder or run.folder / "prompts.txt"
+    if not data.folder:
+        write_text(source, "".join(f"{prompt}\n" for prompt in data.prompts))
+    tables = choice.list_settings()
+    tables["teacher"] = {"file": str(run.teacher)}
+    tables["data"] |= {"path": str(source), "cache": str(run.folder.parent / "cache")}
+    tables["train"]["device"] = device
+    tables["output"] = {"file": str(run.student), "work": str(run.folder)}
+    lines = [f"preset = {json.dumps(choice.preset)}"]
+    for section, values in tables.items():
+        # numbers, texts and lists of them are in TOML what they are in JSON, but for surrogates
+        lines += [f"[{section}]", *(f"{name} = {json.dumps(v, ensure_ascii=False)}" for name, v in values.items())]
+    write_text(run.folder / "run.toml", "\n".join([*lines, ""]))
+
+
+def write_text(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def check_place(run: Run) -> None:
+    """Raise ValueError where a student of this name lies that no training of this name made: it would be lost."""
+    ours = run.folder.parent.glob(f"*/{run.student.name}")
+    if run.installed.exists() and not any(filecmp.cmp(run.installed, each, shallow=False) for each in ours):
+        raise ValueError(
+            f"DKD Train: models/dha already has a {run.installed.name} that was not trained here; choose another name, "
+            "or move that file away"
+        )
+
+
+def install_student(run: Run) -> Path:
+    """Put the finished student into models/dha; its path there."""
+    if not (run.installed.exists() and filecmp.cmp(run.installed, run.student, shallow=False)):
+        run.installed.parent.mkdir(parents=True, exist_ok=True)
+        partial = run.installed.with_name(f".{run.installed.name}.partial")
+        shutil.copyfile(run.student, partial)
+        os.replace(partial, run.installed)
+    return run.installed
