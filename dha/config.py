@@ -20,7 +20,9 @@ class DHAConfig:
 
     `levels` are UNet resolutions, 0 the finest. `token_budget` is the share of a level's tokens that become keys, at
     most `max_tokens` of them; `coarse_share` of the keys form the strided grid, the router picks the others. `memory`
-    learned tokens, low-rank `deltas` of `rank` and a router of `router_width` are the trained parts; 0 leaves one out.
+    learned tokens, low-rank `deltas` of `rank`, a router of `router_width`, a convolution of `local` channels beside
+    the attention and a `blend` of grid tokens with the means of their cells are the trained parts; 0 or false leaves
+    one out.
     `weighted` lets a grid token count for all the tokens it stands for. `sparsity` and `norm_groups`, those of the
     GroupNorm in front of each transformer, belong to mode `official`.
     """
@@ -35,6 +37,8 @@ class DHAConfig:
     rank: int = 0
     deltas: tuple[str, ...] = DELTAS
     router_width: int = 0
+    local: int = 0
+    blend: bool = False
     sparsity: float = 0.5
     norm_groups: int = NORM_GROUPS
 
@@ -56,7 +60,7 @@ class DHAConfig:
             )
         share = self.coarse_share
         require(is_number(share) and 0 <= share <= 1, "coarse_share", share, "in [0, 1]")
-        for name in ("memory", "rank", "router_width"):
+        for name in ("memory", "rank", "router_width", "local"):
             value = getattr(self, name)
             require(type(value) is int and 0 <= value <= 4096, name, value, "a whole number from 0 to 4096")
         require(
@@ -67,7 +71,8 @@ class DHAConfig:
         require(
             self.mode == "official" or groups == NORM_GROUPS, "norm_groups", groups, f"{NORM_GROUPS} in mode 'hybrid'"
         )
-        require(type(self.weighted) is bool, "weighted", self.weighted, "true or false")
+        for name in ("weighted", "blend"):
+            require(type(getattr(self, name)) is bool, name, getattr(self, name), "true or false")
         require(set(self.deltas) <= set(DELTAS), "deltas", self.deltas, f"a selection of {DELTAS}")
 
     def to_json(self) -> str:

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from .config import DHAConfig
-from .routing import ContextPlan, Router, coarse_indices, rest_weights
+from .local import LocalMix
+from .routing import ContextPlan, Router, cell_means, coarse_indices, rest_weights
 
 
 class LowRank(nn.Module):
@@ -30,26 +31,53 @@ class LowRank(nn.Module):
 
 
 class Memory(nn.Module):
-    """M learned tokens of a layer, in token space before to_k and to_v, each with a learned log-weight."""
+    """M learned tokens of a layer, in token space before to_k and to_v.
+
+    How much one counts lies in its key: a weight of its own was no better, and would need a bias in the attention call.
+    """
 
     def __init__(self, channels: int, count: int):
         super().__init__()
         self.tokens = nn.Parameter(torch.empty(count, channels))
-        self.log_weight = nn.Parameter(torch.empty(count))
 
     def start(self) -> None:
-        """Unit-variance tokens of negligible weight: the student begins as its training-free self."""
+        """Tokens of unit variance, as the norm in front of the layer makes them."""
         nn.init.normal_(self.tokens)
-        nn.init.constant_(self.log_weight, -2.0)
+
+
+class Blend(nn.Module):
+    """How far grid tokens lean towards the mean of their cell, by channel, as keys and as values; starts as not at all.
+
+    Real tokens are better than averages before any training; how much of which is best is cheap to learn.
+    """
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.keys = nn.Parameter(torch.empty(channels))
+        self.values = nn.Parameter(torch.empty(channels))
+
+    def start(self) -> None:
+        nn.init.zeros_(self.keys)
+        nn.init.zeros_(self.values)
+
+    def forward(self, tokens: Tensor, means: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens (B, m, C), the last of them the grid, and cell means (B, coarse, C) -> keys and values (B, m, C)."""
+        others, grid = tokens.split([tokens.shape[1] - means.shape[1], means.shape[1]], dim=1)
+        way = means - grid
+        leaned = (torch.addcmul(grid, way, share.to(grid)) for share in (self.keys, self.values))
+        keys, values = (torch.cat([others, part], dim=1) for part in leaned)
+        return keys, values
 
 
 class Context(NamedTuple):
-    """Keys before projection (B, m, C) and what each adds to its logits (B or 1, m), None where that is zero.
+    """Tokens (B, m, C) before projection to keys and to values, and what each key adds to its logits (B or 1, m).
 
-    `chosen` are the numbers (B, k) of the tokens that the router picked, None without a router.
+    `log_weights` are None where they are zero. `chosen` are the numbers (B, k) of the tokens that the router picked,
+    None without a router.
     """
 
-    tokens: Tensor
+    keys: Tensor
+    values: Tensor
     log_weights: Tensor | None
     chosen: Tensor | None
 
@@ -62,12 +90,14 @@ class HybridSite(nn.Module):
         self.weighted = config.weighted
         self.router = Router(embedding, channels, config.router_width, operations) if config.router_width else None
         self.memory = Memory(channels, config.memory) if config.memory else None
+        self.local = LocalMix(channels, embedding, config.local, operations) if config.local else None
+        self.blend = Blend(channels) if config.blend else None
         names = config.deltas if config.rank else ()
         self.deltas = nn.ModuleDict({name: LowRank(channels, config.rank, operations) for name in names})
 
     def start(self) -> None:
-        """Initialise so that the output equals the training-free student's, up to the router's choice of tokens."""
-        for part in (self.memory, *self.deltas.values()):
+        """Initialise so that the output is near the training-free student's: only router and memory are felt."""
+        for part in (self.memory, self.local, self.blend, *self.deltas.values()):
             if part is not None:
                 part.start()
         if self.router is not None:
@@ -93,12 +123,16 @@ class HybridSite(nn.Module):
             chosen = scores.topk(plan.chosen, dim=1, sorted=False).indices
         if plan.coarse and grid is None:
             grid = coarse_indices(plan, x.device)
-        tokens = take_tokens(x, chosen, grid)
+        keys = values = take_tokens(x, chosen, grid)
+        if self.blend is not None and plan.coarse:
+            keys, values = self.blend(keys, cell_means(x, plan))
         if self.memory is not None:
-            tokens = torch.cat([tokens, self.memory.tokens.to(x).expand(len(x), -1, -1)], dim=1)
-        if self.is_uniform(plan):
-            return Context(tokens, None, chosen)
-        return Context(tokens, self.weigh_keys(x, plan, scores, chosen), chosen)
+            memory = self.memory.tokens.to(x).expand(len(x), -1, -1)
+            same = values is keys
+            keys = torch.cat([keys, memory], dim=1)
+            values = keys if same else torch.cat([values, memory], dim=1)
+        weights = None if self.is_uniform(plan) else self.weigh_keys(x, plan, scores, chosen)
+        return Context(keys, values, weights, chosen)
 
     def weigh_keys(self, x: Tensor, plan: ContextPlan, scores: Tensor | None, chosen: Tensor | None) -> Tensor:
         """Log-weights (B, m) of chosen, grid and memory keys, in this order; scores (B, N), chosen (B, k)."""
@@ -110,7 +144,7 @@ class HybridSite(nn.Module):
         elif plan.coarse:
             weights.append(x.new_zeros(1, plan.coarse))
         if self.memory is not None:
-            weights.append(self.memory.log_weight.to(x)[None])
+            weights.append(x.new_zeros(1, len(self.memory.tokens)))
         return torch.cat([weight.expand(len(x), -1) for weight in weights], dim=1)
 
     def forward(
@@ -120,19 +154,21 @@ class HybridSite(nn.Module):
 
         `attend(q, k, v, options, mask)` is as in `dha.patch`.
         """
-        keys, weights, _ = self.build_context(x, emb, plan)
+        keys, values, weights, _ = self.build_context(x, emb, plan)
         q = attention.to_q(self.correct("q", x))
-        k, v = attention.to_k(self.correct("k", keys)), attention.to_v(self.correct("v", keys))
+        k, v = attention.to_k(self.correct("k", keys)), attention.to_v(self.correct("v", values))
         mask = None if weights is None else weights[:, None, None].to(q.dtype)
-        return self.correct("out", attention.to_out(attend(q, k, v, {"n_heads": heads}, mask)))
+        out = self.correct("out", attention.to_out(attend(q, k, v, {"n_heads": heads}, mask)))
+        return out if self.local is None else out + self.local(x, emb, plan.height, plan.width)
 
     def is_uniform(self, plan: ContextPlan) -> bool:
         """Whether all keys weigh the same, so that softmax needs no bias: one kind of key, and cells of one size."""
-        if self.memory is not None:
+        if plan.chosen and torch.is_grad_enabled():  # while training, the scores' gradient flows through the bias
             return False
-        if plan.chosen:  # while training, the scores' gradient flows through the bias
-            return not (torch.is_grad_enabled() or (plan.coarse and self.weighted))
-        return not self.weighted or (plan.height % plan.strides[0] == 0 and plan.width % plan.strides[1] == 0)
+        if not (self.weighted and plan.coarse):
+            return True
+        even = plan.height % plan.strides[0] == 0 and plan.width % plan.strides[1] == 0
+        return even and not plan.chosen and self.memory is None
 
 
 def take_tokens(x: Tensor, chosen: Tensor | None, grid: Tensor | None) -> Tensor:

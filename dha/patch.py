@@ -22,17 +22,23 @@ Watch = Callable[[Site, ContextPlan, Tensor | None, dict], None]
 
 
 class Patches(NamedTuple):
-    """The four places where a student enters a UNet; `replace` is to be set at every block of `blocks`."""
+    """The five places where a student enters a UNet; `replace` is to be set at every block of `blocks`."""
 
     emb: Callable
     attn1: Callable
     replace: Callable
     output: Callable
+    middle: Callable
     blocks: list[tuple[str, int]]
 
     def as_options(self) -> dict[str, Any]:
         """`transformer_options` for a bare UNet, without a model patcher."""
-        patches = {"emb_patch": [self.emb], "attn1_patch": [self.attn1], "attn1_output_patch": [self.output]}
+        patches = {
+            "emb_patch": [self.emb],
+            "attn1_patch": [self.attn1],
+            "attn1_output_patch": [self.output],
+            "middle_patch": [self.middle],
+        }
         return {"patches": patches, "patches_replace": {"attn1": {block: self.replace for block in self.blocks}}}
 
 
@@ -49,6 +55,7 @@ class Call(NamedTuple):
     site: HybridSite | OfficialSite
     log_weights: Tensor | None = None
     output: Tensor | None = None
+    local: Tensor | None = None
 
 
 class Planner:
@@ -133,11 +140,12 @@ def make_patches(
         plan, grid = planner.prepare(height, width, context)
         if plan is None:
             return n, context, value
-        keys, log_weights, chosen = module.build_context(context, emb, plan, grid)
+        keys, values, log_weights, chosen = module.build_context(context, emb, plan, grid)
         if WATCH in options:
             options[WATCH](sites[block], plan, chosen, options)
-        options[STATE] = Call(module, log_weights)
-        return module.correct("q", n), module.correct("k", keys), module.correct("v", keys)
+        local = None if module.local is None else module.local(context, emb, height, width)
+        options[STATE] = Call(module, log_weights, local=local)
+        return module.correct("q", n), module.correct("k", keys), module.correct("v", values)
 
     def attn1_replace(q: Tensor, k: Tensor, v: Tensor, options: dict) -> Tensor:
         call = options.get(STATE)
@@ -163,7 +171,11 @@ def make_patches(
             )
         return call.output
 
-    return Patches(emb_patch, attn1_patch, attn1_replace, output_patch, list(sites))
+    def middle_patch(x: Tensor, options: dict) -> Tensor:
+        call = options.get(STATE)  # added where tokens are whole again, whatever ToMe and HyperTile did to the queries
+        return x if call is None or call.local is None else x + call.local
+
+    return Patches(emb_patch, attn1_patch, attn1_replace, output_patch, middle_patch, list(sites))
 
 
 def find_owned(options: dict, blocks: Iterable[tuple[str, int]], replace: Callable) -> frozenset[tuple[str, int]]:

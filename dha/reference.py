@@ -14,10 +14,10 @@ def attend_hybrid(site: HybridSite, attention, x: Tensor, emb: Tensor, plan: Con
 
 def attend_one(site: HybridSite, attention, x: Tensor, emb: Tensor, plan: ContextPlan, heads: int) -> Tensor:
     """One sample x (N, C): softmax over chosen, grid and memory keys, each key weighed by the tokens it stands for."""
-    keys, log_weights = list_keys(site, x, emb, plan)
+    keys, values, log_weights = list_keys(site, x, emb, plan)
     q = attention.to_q(site.correct("q", x)).unflatten(-1, (heads, -1))
     k = attention.to_k(site.correct("k", keys)).unflatten(-1, (heads, -1))
-    v = attention.to_v(site.correct("v", keys)).unflatten(-1, (heads, -1))
+    v = attention.to_v(site.correct("v", values)).unflatten(-1, (heads, -1))
     rows = []
     for n in range(len(x)):
         outputs = []
@@ -26,17 +26,20 @@ def attend_one(site: HybridSite, attention, x: Tensor, emb: Tensor, plan: Contex
             mass = (logits - logits.max().detach()).exp()
             outputs.append((mass[:, None] * v[:, h]).sum(0) / mass.sum())
         rows.append(torch.cat(outputs))
-    return site.correct("out", attention.to_out(torch.stack(rows)))
+    out = site.correct("out", attention.to_out(torch.stack(rows)))
+    return out if site.local is None else out + mix_neighbours(site, x, emb, plan)
 
 
-def list_keys(site: HybridSite, x: Tensor, emb: Tensor, plan: ContextPlan) -> tuple[Tensor, Tensor]:
-    """Keys (m, C) and log-weights (m,) in any order: attention does not depend on it."""
+def list_keys(site: HybridSite, x: Tensor, emb: Tensor, plan: ContextPlan) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens of keys and of values (m, C) and log-weights (m,) in any order: attention does not depend on it."""
     chosen: list[int] = []
     keys, weights = [], []
+    values: list[Tensor] = []
     if plan.chosen:
         scores = score_tokens(site, x, emb)
         chosen = sorted(range(len(x)), key=lambda n: -scores[n].item())[: plan.chosen]
         keys += [x[n] for n in chosen]
+        values += [x[n] for n in chosen]
         weights += [scores[n] - scores[n].detach() for n in chosen]
     down, across = plan.strides
     for top in range(0, plan.height if down else 0, down or 1):
@@ -49,12 +52,37 @@ def list_keys(site: HybridSite, x: Tensor, emb: Tensor, plan: ContextPlan) -> tu
             row, column = min(top + down // 2, plan.height - 1), min(left + across // 2, plan.width - 1)
             count = sum(n not in chosen for n in members) if site.weighted else 1
             if count:
-                keys.append(x[row * plan.width + column])
+                real, mean = x[row * plan.width + column], x[members].mean(0)
+                lean = (x.new_zeros(()),) * 2 if site.blend is None else (site.blend.keys, site.blend.values)
+                keys.append(real + lean[0] * (mean - real))
+                values.append(real + lean[1] * (mean - real))
                 weights.append(x.new_tensor(float(count)).log())
     if site.memory is not None:
         keys += list(site.memory.tokens)
-        weights += list(site.memory.log_weight)
-    return torch.stack(keys), torch.stack(weights)
+        values += list(site.memory.tokens)
+        weights += [x.new_zeros(())] * len(site.memory.tokens)
+    return torch.stack(keys), torch.stack(values), torch.stack(weights)
+
+
+def mix_neighbours(site: HybridSite, x: Tensor, emb: Tensor, plan: ContextPlan) -> Tensor:
+    """The local branch (N, C), neighbour by neighbour; what lies outside the picture counts as zero."""
+    local = site.local
+    if local is None:
+        raise ValueError("neighbours need a local branch, this site has none")
+    silu = torch.nn.functional.silu
+    low = local.down(x) * (1 + local.gate(silu(emb)))
+    reach = local.mix.weight.shape[-1] // 2
+    rows = []
+    for n in range(len(x)):
+        row, column = divmod(n, plan.width)
+        total = local.mix.bias
+        for i in range(-reach, reach + 1):
+            for j in range(-reach, reach + 1):
+                if 0 <= row + i < plan.height and 0 <= column + j < plan.width:
+                    neighbour = low[(row + i) * plan.width + column + j]
+                    total = total + local.mix.weight[:, 0, i + reach, j + reach] * neighbour
+        rows.append(local.up(silu(total)))
+    return torch.stack(rows)
 
 
 def score_tokens(site: HybridSite, x: Tensor, emb: Tensor) -> Tensor:

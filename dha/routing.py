@@ -75,6 +75,12 @@ def cell_of_token(plan: ContextPlan, device: torch.device) -> Tensor:
     return (rows[:, None] * plan.grid[1] + columns).flatten()
 
 
+def cell_means(x: Tensor, plan: ContextPlan) -> Tensor:
+    """Mean of the tokens x (B, N, C) in each grid cell, (B, coarse, C); cells cut by the border have fewer."""
+    picture = x.transpose(1, 2).unflatten(2, (plan.height, plan.width))
+    return F.avg_pool2d(picture, plan.strides, ceil_mode=True).flatten(2).transpose(1, 2)
+
+
 def rest_weights(plan: ContextPlan, chosen: Tensor | None, device: torch.device) -> Tensor:
     """How many tokens each grid token stands for, (B or 1, coarse): those of its cell that were not chosen."""
     cells = cell_of_token(plan, device)

@@ -66,6 +66,7 @@ def add_shorthands(group: argparse._ArgumentGroup) -> None:
     add("--memory", "student.memory", "learned tokens per layer", type=int)
     add("--rank", "student.rank", "rank of the corrections of q, k, v and out", type=int)
     add("--router", "student.router_width", "width of the router, 0 for none", type=int)
+    add("--local", "student.local", "channels of the convolution beside the attention, 0 for none", type=int)
     add("--transfer-steps", "transfer.steps", "stage 1: each layer learns its teacher's output", type=int)
     add("--imitation-steps", "imitation.steps", "stage 2: the whole student learns the prediction", type=int)
     add("--quality-steps", "quality.steps", "stage 3: real pictures count more and more", type=int)

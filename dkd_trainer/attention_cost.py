@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from dha.config import DHAConfig
+from dha.local import REACH
 from dha.routing import plan_context
 
 
@@ -23,8 +24,9 @@ def count_cost(config: DHAConfig, side: int, channels: int) -> int:
     keys = plan.coarse + plan.chosen + config.memory
     rows = {"q": tokens, "k": keys, "v": keys, "out": tokens}
     deltas = sum(2 * rows[name] * channels * config.rank for name in config.deltas if config.rank)
+    local = tokens * config.local * (2 * channels + REACH**2)
     projections = sum(rows.values()) * channels**2
-    return projections + deltas + 2 * tokens * keys * channels + routed * tokens * channels
+    return projections + deltas + local + 2 * tokens * keys * channels + routed * tokens * channels
 
 
 def match_budget(config: DHAConfig, cost: int, side: int, channels: int) -> DHAConfig:

@@ -138,6 +138,7 @@ def install(patched, patches: Patches) -> None:
     patched.set_model_emb_patch(patches.emb)
     patched.set_model_attn1_patch(patches.attn1)
     patched.set_model_attn1_output_patch(patches.output)
+    patched.set_model_patch(patches.middle, "middle_patch")
     for kind, number in patches.blocks:
         patched.set_model_attn1_replace(patches.replace, kind, number)
 

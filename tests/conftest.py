@@ -14,7 +14,7 @@ from dha.student import Student
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = ROOT / "workflows" / "models" / "checkpoints" / "mini-sd21.safetensors"
 EXTRAS = ("hypertile", "tomesd", "freelunch", "pag", "sag")
-TRAINED = DHAConfig(levels=(0, 1), memory=4, rank=4, router_width=16)
+TRAINED = DHAConfig(levels=(0, 1), memory=4, rank=4, router_width=16, local=4, blend=True)
 
 
 def make_student(architecture: Architecture, seed: int = 0, config: DHAConfig = TRAINED) -> Student:
@@ -30,8 +30,8 @@ def make_student(architecture: Architecture, seed: int = 0, config: DHAConfig = 
         for name, tensor in student.named_parameters():
             if name.endswith("up.weight"):
                 tensor.normal_(std=0.3)
-            elif name.endswith("log_weight"):
-                tensor.zero_()
+            elif ".blend." in name:
+                tensor.fill_(0.3)
     return student
 
 

@@ -99,12 +99,13 @@ def run_strided(attention: nn.Module, x: Tensor, side: tuple[int, int]) -> Tenso
 
 def run_hybrid(attention: nn.Module, site: nn.Module, x: Tensor, emb: Tensor, plan, grid: Tensor | None) -> Tensor:
     """As `dha.patch` does it inside of a block, with the user's attention kernel."""
-    keys, weights, _ = site.build_context(x, emb, plan, grid)
-    q, k, v = (site.correct(name, tokens) for name, tokens in (("q", x), ("k", keys), ("v", keys)))
+    keys, values, weights, _ = site.build_context(x, emb, plan, grid)
+    q, k, v = (site.correct(name, tokens) for name, tokens in (("q", x), ("k", keys), ("v", values)))
     mask = None if weights is None else weights[:, None, None].to(x.dtype)
     attend = import_from_pack("nodes.apply").attend
     mixed = attend(attention.to_q(q), attention.to_k(k), attention.to_v(v), {"n_heads": attention.heads}, mask)
-    return site.correct("out", attention.to_out(mixed))
+    out = site.correct("out", attention.to_out(mixed))
+    return out if site.local is None else out + site.local(x, emb, plan.height, plan.width)
 
 
 def plan_hybrid(layer: Layer, share: float, most: int, config):
@@ -155,7 +156,7 @@ def list_parts(attention: nn.Module, site: nn.Module, x: Tensor, emb: Tensor, pl
     """Name and callable of everything a hybrid layer does, the whole layer first."""
     hybrid = import_from_pack("dha.hybrid")
     yield "layer", partial(run_hybrid, attention, site, x, emb, plan, grid)
-    yield "context", partial(lambda: site.build_context(x, emb, plan, grid).tokens)
+    yield "context", partial(lambda: site.build_context(x, emb, plan, grid).keys)
     chosen = None
     if plan.chosen:
         scores = site.router(x, emb)
@@ -163,13 +164,15 @@ def list_parts(attention: nn.Module, site: nn.Module, x: Tensor, emb: Tensor, pl
         yield "context: scores", partial(site.router, x, emb)
         yield "context: choice", lambda: scores.topk(plan.chosen, dim=1, sorted=False).values
     yield "context: gathering", partial(hybrid.take_tokens, x, chosen, grid)
-    keys, weights, _ = site.build_context(x, emb, plan, grid)
+    keys, values, weights, _ = site.build_context(x, emb, plan, grid)
+    if site.local is not None:
+        yield "local branch", partial(site.local, x, emb, plan.height, plan.width)
     if site.deltas:
         yield "corrections of q and out", lambda: site.correct("out", site.correct("q", x))
-        yield "corrections of k and v", lambda: (site.correct("k", keys), site.correct("v", keys))[0]
+        yield "corrections of k and v", lambda: (site.correct("k", keys), site.correct("v", values))[0]
     yield "projections of q and out", lambda: attention.to_out(attention.to_q(x))
-    yield "projections of k and v", lambda: (attention.to_k(keys), attention.to_v(keys))[0]
-    q, k, v = attention.to_q(x), attention.to_k(keys), attention.to_v(keys)
+    yield "projections of k and v", lambda: (attention.to_k(keys), attention.to_v(values))[0]
+    q, k, v = attention.to_q(x), attention.to_k(keys), attention.to_v(values)
     mask = None if weights is None else weights[:, None, None].to(x.dtype)
     attend = import_from_pack("nodes.apply").attend
     yield "attention", lambda: attend(q, k, v, {"n_heads": attention.heads}, mask)

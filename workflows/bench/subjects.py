@@ -11,13 +11,13 @@ from torch import Tensor
 from .backends import BACKENDS
 from .model import draw_weights, import_from_pack
 
-TRAINED = {"memory": 16, "rank": 8, "router_width": 64}
+TRAINED = {"memory": 16, "rank": 8, "router_width": 64, "local": 16, "blend": True}
 # The most telling ones first: where time is short, the last ones are left out.
 TITLES = {
     "unpatched": "unpatched",
     "dha-balanced": "DHA, training-free, preset balanced",
     "ceiling": "ceiling: no token mixing at all, projections kept",
-    "student-balanced": "DHA student (router, 16 memory tokens, rank 8), preset balanced",
+    "student-balanced": "DHA student (router, 16 memory tokens, rank 8, local branch), preset balanced",
     "kv2": "K/V down-sampled by 2, finest level",
     "hypertile": "HyperTile 256 (core node)",
     "tome": "ToMe 0.5 (core node)",
