@@ -6,7 +6,7 @@ from typing import Any
 from .graphs import Picture, add_student, draw, node
 from .server import Graph
 
-MANY = "red apple left of lemon, noto style, sky blue background"
+MANY = "deciduous tree left of palm tree, flat style, sky blue background"
 
 
 @dataclass(frozen=True)
@@ -21,9 +21,13 @@ class Task:
 
 TASKS = {
     "mini": Task("Style-guided creation", MANY, "octopus, noto style", "mini-sd21-mini.safetensors"),
-    "low": Task("Semantic manipulation", MANY, "orange left of lemon, noto style", "mini-sd21-low.safetensors"),
-    "mid": Task("Scene translation", MANY, "red apple left of lemon, pink background", "mini-sd21-mid.safetensors"),
-    "high": Task("Style translation", MANY, "red apple left of lemon, twitter style", "mini-sd21-high.safetensors"),
+    "low": Task("Semantic manipulation", MANY, "tulip left of rose, flat style", "mini-sd21-low.safetensors"),
+    "mid": Task(
+        "Scene translation", MANY, "deciduous tree left of palm tree, pink background", "mini-sd21-mid.safetensors"
+    ),
+    "high": Task(
+        "Style translation", MANY, "deciduous tree left of palm tree, twitter style", "mini-sd21-high.safetensors"
+    ),
 }
 
 

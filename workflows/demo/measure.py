@@ -15,16 +15,16 @@ from ..graphs import Picture, compare, time_models
 from ..server import Graph, Outcome, Server
 from .results import Comparison
 
-# The last pair, a rocket in the flat style, was kept from the training; its concept was seen in other styles.
+# The flat duck and the noto tulip were kept from the training; ducks and tulips of other styles were not.
 PROMPTS = (
-    "octopus, noto style, sky blue background",
-    "red apple left of lemon, noto style, sky blue background",
-    "owl above mushroom, twitter style, yellow background",
-    "two mirrored tropical fish, blob style, green background",
-    "checkerboard of strawberry and lemon, flat style, white background",
-    "tiger face, flat style, pink background",
-    "penguin left of sunflower, emojione style, purple background",
-    "checkerboard of hamburger and red apple, glossy 3d style, gray background",
+    "koala, glossy 3d style, pink background",
+    "deciduous tree left of palm tree, flat style, sky blue background",
+    "duck, flat style, green background",
+    "two mirrored tulip, noto style, white background",
+    "checkerboard of tulip and tiger face, noto style, green background",
+    "penguin, gradient style, gray background",
+    "owl, noto style, yellow background",
+    "unicorn, glossy 3d style, purple background",
 )
 FULLSIZE = "sd21-base-random.safetensors"
 # Weights in fp32, activations at 512, and the server itself; 7.3 GB were seen at the peak.
