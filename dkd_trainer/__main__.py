@@ -16,7 +16,9 @@ from .leash import follow_parent
 from .settings import Settings, assemble_settings, list_presets, parse_override, share_steps
 
 COMMANDS = {  # modules with a `main` of their own
+    "ablation": "ablation",
     "control": "control.command",
+    "encode": "encode",
     "evaluate": "evaluate",
     "import": "import_student",
 }
