@@ -1,6 +1,7 @@
 """DKD Train: distils a student of the connected checkpoint in a process of its own, and hands it to Apply DHA."""
 
 import json
+import re
 import time
 from typing import Any
 
@@ -105,8 +106,9 @@ class DKDTrain(io.ComfyNode):
                     optional=True,
                     tooltip="Pictures of a step. Fewer need less memory. 0: as the preset says.",
                 ),
+                # Not `seed`: the browser changes an input of that name after every run, and nothing would go on.
                 io.Int.Input(
-                    "seed",
+                    "training_seed",
                     default=0,
                     min=0,
                     max=0xFFFFFFFF,
@@ -149,12 +151,12 @@ class DKDTrain(io.ComfyNode):
         token_budget=0.0,
         levels=PRESET,
         batch=0,
-        seed=0,
+        training_seed=0,
     ) -> io.NodeOutput:
         check_teacher(model, clip, vae)
         data = find_data(data_folder, prompts)
         given = (steps or None, size or None, token_budget or None, LEVELS[levels], batch or None)
-        choice = Choice(name.strip(), preset, *given, seed)
+        choice = Choice(name.strip(), preset, *given, training_seed)
         run = prepare_run(choice, data, (model, clip, vae))
         trained = not run.student.is_file()
         if trained:
@@ -241,7 +243,7 @@ class Screen:
         progress = read_progress(self.run.journal)
         if progress is None or not progress.total:
             last = read_tail(self.run.log, 1)
-            doing = last if "%|" in last else "starting the trainer"
+            doing = re.sub(r"\|.*\|", ",", last) if "%|" in last else "starting the trainer"
             show_text(self.node_id, f"preparing {self.data.describe()}: {doing}")
             return
         show_text(self.node_id, progress.describe())
@@ -265,6 +267,7 @@ def show_results(cls, run: Run, trained: bool) -> tuple:
     curve, sheet = (to_images([picture]) for picture in (draw_curve(progress, run.name), open_sheet(progress)))
     report = {"student": run.student.name, "trained_now": trained, **read_record(run)}
     text, shown = show_report(report, summarise(report), tabulate(report))
+    show_text(cls.hidden.unique_id, summarise(report))
     previews = [ui.PreviewImage(picture, cls=cls).as_dict() for picture in (curve, sheet)]
     images = [image for preview in previews for image in preview["images"]]
     return (curve, sheet, text), {**previews[0], **shown, "images": images}

@@ -118,6 +118,13 @@ def test_a_graph_trains_a_student_from_prompts_and_draws_with_it(server):
     assert written == (installed.stat().st_mtime_ns, (folder / "fresh.safetensors").stat().st_mtime_ns)
 
 
+def test_no_input_changes_by_itself_between_two_runs(server):
+    """The browser gives a widget called `seed` or `noise_seed` a new value after each run: nothing would go on."""
+    inputs = {**server.info["DKDTrain"]["input"]["required"], **server.info["DKDTrain"]["input"]["optional"]}
+    assert not {"seed", "noise_seed"} & set(inputs)
+    assert not any(options[1].get("control_after_generate") for options in inputs.values())
+
+
 def test_cancel_saves_and_the_same_graph_goes_on(server):
     graph = train("cancelled", **LONG)
     with pytest.raises(ServerError, match="cancelled in DKDTrain"):

@@ -35,11 +35,12 @@ class Example:
     shown: list[tuple[str, str]]
     titles: dict[str, str] = field(default_factory=dict)
     bypassed: frozenset[str] = frozenset()
+    closing: str = REAL
 
     def build(self, object_info: dict[str, Any]) -> dict[str, Any]:
         """The workflow in UI format."""
         titles = {key: title for key, title in {**TITLES, **self.titles}.items() if key in self.graph}
-        return to_ui(self.graph, object_info, self.columns, f"{self.note}\n\n{REAL}", titles, self.bypassed)
+        return to_ui(self.graph, object_info, self.columns, f"{self.note}\n\n{self.closing}", titles, self.bypassed)
 
 
 def make_smallest() -> Example:

@@ -20,7 +20,7 @@ ROOM = {
     "ComparePictures": (440, 560),
     "DHABenchmark": (520, 500),
     "DHARoutingMap": (520, 460),
-    "DKDTrain": (520, 560),
+    "DKDTrain": (520, 820),
 }
 
 

