@@ -386,3 +386,20 @@ def test_the_end_of_its_input_ends_a_process_on_the_leash():
         process.wait(5)
     process.stdin.close()
     assert process.wait(30) == -signal.SIGTERM
+
+
+@pytest.mark.parametrize("reason", ["patience", "second cancel"])
+def test_a_trainer_that_does_not_end_is_killed(module, monkeypatch, tmp_path, reason):
+    import comfy.model_management
+
+    process, train_module = module("train_process"), module("train")
+    endless = [sys.executable, "-c", "import time; time.sleep(600)"]
+    monkeypatch.setattr(process, "build_command", lambda _: endless)
+    monkeypatch.setattr(train_module, "PATIENCE", 1.0 if reason == "patience" else 600.0)
+    started = process.TrainerProcess([], tmp_path / "log")
+    comfy.model_management.interrupt_current_processing(reason == "second cancel")
+    try:
+        train_module.stop(started, "5")
+    finally:
+        comfy.model_management.interrupt_current_processing(False)
+    assert started.process.returncode == -signal.SIGKILL
