@@ -114,7 +114,7 @@ def draw_sheet(rows: Sequence[tuple[str, Tensor]], scale: int = 1) -> bytes:
         picture = Image.fromarray(strip)
         sheet.paste(picture.resize((picture.width * scale, height)), (name_width, number * height))
         pen.multiline_text((8, number * height + height // 2), break_name(name), "black", font, "lm")
-    return to_png(sheet)
+    return to_png(sheet.quantize(256))
 
 
 def break_name(name: str, width: int = 34) -> str:

@@ -188,7 +188,10 @@ def say_equal(against: dict | None) -> str:
 
 def draw_plots(report: Report, stem: str) -> dict[str, tuple[str, bytes]]:
     """Caption and PNG by file name: rows of pictures, time against error, error by timestep."""
-    plots = {f"{stem}.png": ("The same prompts and seeds in every column", draw_sheet(report.sheet))}
+    plots = {
+        f"{stem}.png": ("The same prompts and seeds in every column", draw_sheet(report.sheet)),
+        f"{stem}-short.png": ("Teacher, DHA, and four times the last one's difference", draw_sheet(shorten(report))),
+    }
     for timing in report.timing:
         points = [
             Point(*report.families[name], t["relative"], report.rows[name]["error mean"])
@@ -209,6 +212,14 @@ def draw_plots(report: Report, stem: str) -> dict[str, tuple[str, bytes]]:
         title = "Error by timestep"
         plots[f"{stem}-timesteps.png"] = (title, draw_points(lines, title, "timestep", "error of the prediction"))
     return plots
+
+
+def shorten(report: Report) -> list[tuple[str, Tensor]]:
+    """Of the sheet the teacher, all forms of DHA, and how far the last of them is from the teacher."""
+    rows = [row for number, row in enumerate(report.sheet) if number == 0 or row[0] in report.ours]
+    (_, teacher), (name, last) = rows[0], rows[-1]
+    difference = (last.int() - teacher.int()).abs().mul(4).clamp(max=255).to(teacher.dtype)
+    return [*rows, (f"4 x difference, {name}", difference)]
 
 
 def choose_lines(report: Report) -> list[str]:

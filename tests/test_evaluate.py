@@ -257,7 +257,7 @@ def test_the_page_holds_its_pictures_and_says_what_is_missing(tmp_path):
     files = write_report(make_report(), tmp_path, "evaluation")
     assert {file.suffix for file in files} == {".json", ".md", ".html", ".png"} and all(f.is_file() for f in files)
     page = (tmp_path / "evaluation.html").read_text()
-    assert page.count("data:image/png;base64,") == 3 and "&lt;x&gt;" in page
+    assert page.count("data:image/png;base64,") == 4 and "&lt;x&gt;" in page
     assert not re.search(r'(src|href)="(?!data:)', page)
     assert "FID: no package" in page and "FID (no package)" in (tmp_path / "evaluation.md").read_text()
 
