@@ -146,8 +146,8 @@ def test_profile_takes_a_layer_apart(document):
     free, trained, *_ = find_results(document, "profile")
     assert (free["student"], trained["student"]) == ("training-free", "trained")
     names = [{subject["name"] for subject in result["subjects"]} for result in (free, trained)]
-    assert names[1] - names[0] == {"context: scores", "context: choice", "corrections of q and out",
-                                   "corrections of k and v"}  # fmt: skip
+    routing, corrections = {"context: scores", "context: choice"}, {"corrections of q and out", "corrections of k and v"}
+    assert names[1] - names[0] == routing | corrections | {"local branch"}
     assert {"layer", "context", "context: gathering", "attention"} <= names[0]
 
 

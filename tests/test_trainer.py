@@ -260,7 +260,8 @@ def test_a_budget_that_replaces_nothing_is_refused(prepare, make_settings):
 
 def test_a_student_without_trained_parts_is_refused(prepare, make_settings):
     with pytest.raises(ValueError, match="no trained parts"):
-        prepare(make_settings(student__memory=0, student__rank=0, student__router_width=0))
+        parts = {"memory": 0, "rank": 0, "router_width": 0, "local": 0, "blend": False}
+        prepare(make_settings(**{f"student__{name}": value for name, value in parts.items()}))
 
 
 @pytest.mark.parametrize("step", [0, 3])
