@@ -146,8 +146,14 @@ def test_profile_takes_a_layer_apart(document):
     free, trained, *_ = find_results(document, "profile")
     assert (free["student"], trained["student"]) == ("training-free", "trained")
     names = [{subject["name"] for subject in result["subjects"]} for result in (free, trained)]
-    routing, corrections = {"context: scores", "context: choice"}, {"corrections of q and out", "corrections of k and v"}
-    assert names[1] - names[0] == routing | corrections | {"local branch"}
+    trained = {
+        "context: scores",
+        "context: choice",
+        "corrections of q and out",
+        "corrections of k and v",
+        "local branch",
+    }
+    assert names[1] - names[0] == trained
     assert {"layer", "context", "context: gathering", "attention"} <= names[0]
 
 
