@@ -1,6 +1,5 @@
 """What every weights file of ours shares: safetensors that say what they are, written whole or not at all."""
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -9,6 +8,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
+
+from .whole_file import write_whole
 
 
 class FileKind(NamedTuple):
@@ -39,13 +40,7 @@ def write_weights(path: Path, kind: FileKind, weights: Mapping[str, Tensor], met
         "modelspec.title": path.stem,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_bytes(save(halves, metadata=entries))  # `save_file` would keep other users from reading it
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+    write_whole(path, save(halves, metadata=entries))  # `save_file` would keep other users from reading it
 
 
 def read_file(path: Path, kind: FileKind, tensors: bool = True) -> tuple[dict[str, str], dict[str, Tensor]]:

@@ -10,10 +10,10 @@ from pathlib import Path
 
 from dha.config import DHAConfig
 from dha.sites import SITES
+from dha.whole_file import write_whole
 
 from .ablation_rows import GROUPS, TrainedRow, list_context_rows, list_part_rows, list_stage_rows
 from .attention_cost import count_cost, count_full, match_budget
-from .cache import write_whole
 from .comparison import Comparison, add_arguments
 from .corpus import open_corpus
 from .host import Teacher, ensure_comfy

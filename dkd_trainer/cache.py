@@ -4,7 +4,6 @@ import contextlib
 import hashlib
 import json
 import logging
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,6 +17,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
+
+from dha.whole_file import write_whole
 
 from .source import DataError, Refused
 
@@ -129,17 +130,6 @@ def write_shard(path: Path, keys: list[bytes], found: Sequence[Tensor | Refused 
         write_whole(path, content)
     except OSError as error:
         raise DataError(describe_full(path.parent, len(content), error.strerror or str(error))) from error
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Replace a file at once: a crash leaves the old one or none; raises OSError."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_bytes(content)
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
 
 
 def check_space(folder: Path, needed: int) -> None:

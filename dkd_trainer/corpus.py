@@ -8,8 +8,10 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
+from dha.whole_file import write_whole
+
 from .buckets import Framing
-from .cache import Reader, write_whole
+from .cache import Reader
 from .drawing import Drawing
 from .encoder import Effort, Encoded, Encoder, read_empty
 from .pairs import list_source

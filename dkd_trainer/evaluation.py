@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from dha.fidelity import psnr, ssim
+
 from .diffusion import add_noise, sample_euler, to_noise
 from .held_out import HeldOut, to_bytes
 from .host import Teacher
-from .metrics.pictures import psnr, ssim
 from .subject import Running, Subject
 
 BANDS = (

@@ -1,20 +1,10 @@
 """What every figure has to name beside it: processor, versions, commit and command."""
 
 import os
-import platform
-from pathlib import Path
 
 import torch
 
-from .record import current_command, current_commit
-
-
-def name_processor() -> str:
-    """The processor as its maker calls it."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+from .record import current_command, current_commit, name_processor
 
 
 def describe_run(module: str, device: torch.device) -> dict[str, str]:

@@ -18,8 +18,8 @@ from torch import Tensor
 from dha.checkpoint import fingerprint, save_student
 from dha.config import DHAConfig
 from dha.student import Student
+from dha.whole_file import write_whole
 
-from .cache import write_whole
 from .published import UNET, Published, PublishedError, read_published, read_tensors
 
 TRAINED = ("output_blocks.", "out.")  # of the trunk, by the published training

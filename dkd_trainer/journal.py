@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .cache import write_whole
+from dha.whole_file import write_whole
 
 
 class Journal:

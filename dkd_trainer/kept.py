@@ -10,12 +10,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from .cache import write_whole
+from dha.whole_file import write_whole
+
 from .host import ROOT
 
 DHA = ("config", "hybrid", "official", "patch", "routing", "sites", "student", "frequency", "fidelity")
 TRAINER = ("contexts", "diffusion", "evaluation", "held_out", "judges", "peers", "subject")
-METRICS = ("bands", "captions", "features", "phrases", "pictures", "prompt_score", "published")
+METRICS = ("bands", "captions", "features", "phrases", "prompt_score", "published")
 # what decides a measurement; presenting it and training do not
 SOURCES = (
     *(f"dha/{name}.py" for name in DHA),

@@ -15,9 +15,9 @@ from tqdm import tqdm
 
 from dha.checkpoint import save_student
 from dha.student import Student
+from dha.whole_file import write_whole
 
 from .batches import Batch, Corpus, Sampler
-from .cache import write_whole
 from .fields import SettingsError
 from .host import Teacher
 from .journal import Board, Journal

@@ -9,7 +9,8 @@ from typing import NamedTuple
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from torch import Tensor
 
-from .cache import write_whole
+from dha.whole_file import write_whole
+
 from .charts import Point, draw_points, draw_sheet
 from .evaluation import BANDS
 from .metrics.bands import NAMES

@@ -8,9 +8,9 @@ from PIL import Image
 from torch import Tensor
 
 from dha.student import Student
+from dha.whole_file import write_whole
 
 from .batches import Corpus
-from .cache import write_whole
 from .diffusion import add_noise, sample_euler, to_noise
 from .evaluation import BANDS
 from .host import Teacher

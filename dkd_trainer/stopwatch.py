@@ -5,28 +5,14 @@ from collections.abc import Sequence
 from statistics import median, quantiles
 
 import torch
-import torch.nn.functional as F
-from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 from .host import Teacher
+from .pair_counter import PairCounter
 from .subject import Running, Subject
 
 LAP = 0.2  # seconds: shorter steps are timed several at once
 MOST_STEPS = 50
-
-
-class PairCounter(TorchFunctionMode):
-    """Counts pairs of query and key in PyTorch's fused attention while it is entered; heads are not counted."""
-
-    def __init__(self):
-        super().__init__()
-        self.pairs = 0
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is F.scaled_dot_product_attention:
-            self.pairs += args[0].shape[0] * args[0].shape[-2] * args[1].shape[-2]
-        return func(*args, **(kwargs or {}))
 
 
 def wait(device: torch.device) -> None:

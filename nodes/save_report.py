@@ -1,12 +1,12 @@
 """Save Report: the figures of our nodes as a JSON file beside the pictures in ComfyUI's output folder."""
 
 import json
-import os
 from pathlib import Path
 
 import folder_paths
 from comfy_api.latest import io
 
+from ..dha.whole_file import write_whole
 from .tables import read_report, show_text
 
 
@@ -46,7 +46,5 @@ def save(fields: dict, prefix: str) -> Path:
     output = folder_paths.get_output_directory()
     folder, name, counter, *_ = folder_paths.get_save_image_path(prefix, output)
     path = Path(folder) / f"{name}_{counter:05}_.json"
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    write_whole(path, (json.dumps(fields, indent=1) + "\n").encode())
     return path

@@ -12,6 +12,7 @@ from typing import Any
 
 import folder_paths
 
+from ..dha.whole_file import write_whole
 from .model_folders import STUDENTS
 from .train_data import Data
 
@@ -119,7 +120,7 @@ def write_settings(run: Run, choice: Choice, data: Data, device: str) -> None:
     """Put the trainer's settings, and the prompts if there are any, into the run's folder."""
     source = data.folder or run.folder / "prompts.txt"
     if not data.folder:
-        write_text(source, "".join(f"{prompt}\n" for prompt in data.prompts))
+        write_whole(source, "".join(f"{prompt}\n" for prompt in data.prompts).encode())
     tables = choice.list_settings()
     tables["teacher"] = {"file": str(run.teacher)}
     tables["data"] |= {"path": str(source), "cache": str(run.folder.parent / "cache")}
@@ -129,13 +130,7 @@ def write_settings(run: Run, choice: Choice, data: Data, device: str) -> None:
     for section, values in tables.items():
         # numbers, texts and lists of them are in TOML what they are in JSON, but for surrogates
         lines += [f"[{section}]", *(f"{name} = {json.dumps(v, ensure_ascii=False)}" for name, v in values.items())]
-    write_text(run.folder / "run.toml", "\n".join([*lines, ""]))
-
-
-def write_text(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    write_whole(run.folder / "run.toml", "\n".join([*lines, ""]).encode())
 
 
 def check_place(run: Run) -> None:

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from safetensors.torch import save_file
 
-from dkd_trainer.metrics import bands, features, kernel_distance, pictures, prompt_score, published
+from dha import fidelity
+from dkd_trainer.metrics import bands, features, kernel_distance, prompt_score, published
 from dkd_trainer.metrics.captions import PAIRS, Parts, list_distractors, parse_caption
 from dkd_trainer.metrics.phrases import PhraseTable
 from dkd_trainer.mini.data import load_emoji, plan_held_out, to_tensor
@@ -73,13 +74,13 @@ def slow_ssim(first: np.ndarray, second: np.ndarray) -> float:
 def test_psnr_knows_a_constant_difference():
     images = torch.full((2, 3, 16, 16), 0.5)
     other = images + torch.tensor([0.1, 0.01])[:, None, None, None]
-    torch.testing.assert_close(pictures.psnr(images, other), torch.tensor([20.0, 40.0]).double(), atol=1e-4, rtol=0)
-    assert pictures.psnr(images, images).isinf().all()
+    torch.testing.assert_close(fidelity.psnr(images, other), torch.tensor([20.0, 40.0]).double(), atol=1e-4, rtol=0)
+    assert fidelity.psnr(images, images).isinf().all()
 
 
 def test_ssim_of_a_picture_with_itself_is_one():
     images = draw_gradients(2)
-    torch.testing.assert_close(pictures.ssim(images, images), torch.ones(2).double(), atol=1e-9, rtol=0)
+    torch.testing.assert_close(fidelity.ssim(images, images), torch.ones(2).double(), atol=1e-9, rtol=0)
 
 
 def test_ssim_agrees_with_the_definition():
@@ -88,17 +89,17 @@ def test_ssim_agrees_with_the_definition():
     channels = zip(images[0].double().numpy(), other[0].double().numpy(), strict=True)
     expected = np.mean([slow_ssim(a, b) for a, b in channels])
     assert 0.1 < expected < 0.95
-    assert pictures.ssim(images, other).item() == pytest.approx(expected, abs=1e-9)
+    assert fidelity.ssim(images, other).item() == pytest.approx(expected, abs=1e-9)
 
 
 def test_ssim_is_symmetric_and_falls_with_noise():
     images = draw_gradients(3)
     little, much = add_noise(images, 0.03), add_noise(images, 0.2)
-    torch.testing.assert_close(pictures.ssim(images, much), pictures.ssim(much, images))
-    assert (pictures.ssim(images, little) > pictures.ssim(images, much)).all()
+    torch.testing.assert_close(fidelity.ssim(images, much), fidelity.ssim(much, images))
+    assert (fidelity.ssim(images, little) > fidelity.ssim(images, much)).all()
 
 
-@pytest.mark.parametrize("measure", [pictures.psnr, pictures.ssim])
+@pytest.mark.parametrize("measure", [fidelity.psnr, fidelity.ssim])
 def test_pixel_measures_refuse_other_shapes(measure):
     with pytest.raises(ValueError, match="expected two of the same"):
         measure(torch.rand(1, 3, 16, 16), torch.rand(1, 3, 16, 17))
@@ -106,7 +107,7 @@ def test_pixel_measures_refuse_other_shapes(measure):
 
 def test_ssim_refuses_pictures_below_its_window():
     with pytest.raises(ValueError, match="at least 11"):
-        pictures.ssim(torch.rand(1, 3, 10, 16), torch.rand(1, 3, 10, 16))
+        fidelity.ssim(torch.rand(1, 3, 10, 16), torch.rand(1, 3, 10, 16))
 
 
 def test_kernel_distance_agrees_with_the_sum_over_pairs():

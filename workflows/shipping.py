@@ -3,12 +3,13 @@
 import argparse
 import io
 import json
-import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from PIL import Image, ImageDraw
+
+from dha.whole_file import write_whole
 
 from .examples import EXAMPLES as SMALL
 from .formats import to_api
@@ -19,13 +20,6 @@ from .training_graphs import TRAINING
 EXAMPLES = {**SMALL, **TRAINING}
 SIDE = 384  # pixels of a thumbnail
 PAPER = (24, 24, 26)
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file in one go: it is there whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(content)
-    os.replace(partial, path)
 
 
 def build_workflows(object_info: dict) -> dict[str, dict]:
@@ -75,11 +69,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as base, serve(find_comfyui(arguments.comfyui), Path(base)) as server:
         workflows = build_workflows(server.get("/object_info"))
         for name, ui in workflows.items():
-            write_bytes(arguments.out / f"{name}.json", (json.dumps(ui, indent=1) + "\n").encode())
+            write_whole(arguments.out / f"{name}.json", (json.dumps(ui, indent=1) + "\n").encode())
             print(f"{name}.json: {len(ui['nodes'])} nodes", flush=True)
         if arguments.thumbnails:
             for name, thumbnail in draw_thumbnails(server, workflows):
-                write_bytes(arguments.out / f"{name}.jpg", thumbnail)
+                write_whole(arguments.out / f"{name}.jpg", thumbnail)
                 print(f"{name}.jpg: {len(thumbnail) / 1000:.0f} kB", flush=True)
 
 

@@ -6,9 +6,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from dha.whole_file import write_whole
+
 from .formats import list_inputs
 from .server import PACK, find_comfyui, serve
-from .shipping import write_bytes
 
 LOCALE = "locales/en/nodeDefs.json"
 DOCS = "web/docs"
@@ -91,7 +92,7 @@ def main() -> None:
         ours = pick_ours(server.get("/object_info"))
     for name, text in build_files(ours, PACK).items():
         (PACK / name).parent.mkdir(parents=True, exist_ok=True)
-        write_bytes(PACK / name, text.encode())
+        write_whole(PACK / name, text.encode())
         print(name)
 
 

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from dha.control_file import ControlConfig, save_control
 from dha.frequency import filter_band
+from dha.whole_file import write_whole
 
 from ..batches import Batch, Corpus
-from ..cache import write_whole
 from ..diffusion import add_noise, training_target
 from ..evaluation import BANDS as TIMES
 from ..host import Teacher

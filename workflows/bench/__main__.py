@@ -14,7 +14,8 @@ from pathlib import Path
 
 import torch
 
-from ..machine import describe_command
+from dkd_trainer.record import current_command
+
 from ..server import find_comfyui
 from .backends import find_backends
 from .contest import Forecast, describe_error, hold_contest, share_time
@@ -169,7 +170,7 @@ def run_bench(arguments: argparse.Namespace) -> None:
     import comfyui_version
 
     dtype, forecast = DTYPES[arguments.dtype], Forecast()
-    command = describe_command("workflows.bench")
+    command = current_command("workflows.bench")
     run = Run(describe_machine(device, comfyui_version.__version__, command), describe_settings(arguments), [])
     stem = f"speed-{'mini-' if arguments.mini else ''}{device.type}-{arguments.dtype}"
     print(f"{run.settings['weights']}, {arguments.dtype} on {run.machine['device']}", flush=True)

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
+
+from dkd_trainer.pair_counter import PairCounter
 
 from .model import import_from_pack
 
@@ -56,20 +56,6 @@ class Record:
     peak_memory: int | None = None
     run_memory: int | None = None
     error: str | None = None
-
-
-class PairCounter(TorchFunctionMode):
-    """Counts the pairs of query and key in PyTorch's fused attention while it is entered; heads are not counted."""
-
-    def __init__(self):
-        super().__init__()
-        self.pairs = 0
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is F.scaled_dot_product_attention:
-            q, k = args[:2]
-            self.pairs += q.shape[0] * q.shape[-2] * k.shape[-2]
-        return func(*args, **(kwargs or {}))
 
 
 class Forecast:

@@ -9,10 +9,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ..machine import describe_command
+from dha.whole_file import write_whole
+from dkd_trainer.record import current_command
+
 from ..server import PACK
 from .model import import_from_pack
-from .report import FORMAT, VERSION, name_machine, write_whole
+from .report import FORMAT, VERSION, name_machine
 
 OUT = PACK / "nodes" / "measured.json"
 SIZES = ("512x512", "768x768", "1024x1024", "2048x2048")
@@ -120,7 +122,8 @@ def main() -> None:
     except (OSError, ValueError, KeyError) as error:
         sys.exit(f"{type(error).__name__}: {error}")
     kept = import_from_pack("nodes.measured").read_measured(arguments.out)
-    content = merge(kept, documents, errors, describe_command("workflows.bench.measured"))
+    content = merge(kept, documents, errors, current_command("workflows.bench.measured"))
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
     write_whole(arguments.out, (json.dumps(content, indent=1) + "\n").encode())
     rows = sum(len(table["rows"]) for table in content["layers"])
     print(f"{arguments.out}: {len(content['layers'])} devices, {rows} layers, presets {sorted(content['presets'])}")

@@ -10,7 +10,10 @@ from typing import Any
 
 import torch
 
-from ..machine import name_processor, read_commit
+from dha.whole_file import write_whole
+from dkd_trainer.record import name_processor
+
+from ..machine import read_commit
 from .chart import draw_chart
 from .contest import Record
 
@@ -118,20 +121,10 @@ def describe_machine(device: torch.device, comfyui: str, command: str) -> dict[s
     }
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Replace a file at once: a crash leaves the old one or none."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_bytes(content)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 def write_report(out: Path, stem: str, run: Run) -> dict[str, Any]:
     """Write `stem`.json, .md and .png into a folder; the JSON document is also returned."""
     document = summarise(run)
+    out.mkdir(parents=True, exist_ok=True)
     write_whole(out / f"{stem}.json", json.dumps(document, indent=1, allow_nan=False).encode())
     write_whole(out / f"{stem}.md", write_markdown(document).encode())
     write_whole(out / f"{stem}.png", draw_chart(document))

@@ -9,8 +9,10 @@ import tempfile
 import time
 from pathlib import Path
 
+from dkd_trainer.record import current_command, name_processor
+
 from ..graphs import CHECKPOINT, STUDENT
-from ..machine import describe_command, name_processor, read_commit
+from ..machine import read_commit
 from ..server import PACK, Server, ServerError, find_comfyui, serve
 from .measure import PROMPTS, compare_prompts, find_obstacle, time_fullsize
 from .report import check_out, write_report
@@ -54,7 +56,7 @@ def describe_machine(server: Server) -> Machine:
         torch=stats["system"]["pytorch_version"],
         python=platform.python_version(),
         commit=read_commit(),
-        command=describe_command("workflows.demo"),
+        command=current_command("workflows.demo"),
     )
 
 
