@@ -9,17 +9,17 @@ import importlib
 import sys
 from pathlib import Path
 
+from .engine.journal import Journal
+from .engine.leash import follow_parent
 from .fields import SettingsError
 from .host import ensure_comfy
-from .journal import Journal
-from .leash import follow_parent
 from .settings import Settings, assemble_settings, list_presets, parse_override, share_steps
 
 COMMANDS = {  # modules with a `main` of their own
-    "ablation": "ablation",
+    "ablation": "evidence.ablation",
     "control": "control.command",
-    "encode": "encode",
-    "evaluate": "evaluate",
+    "encode": "data.encode",
+    "evaluate": "evidence.evaluate",
     "import": "import_student",
 }
 
@@ -99,11 +99,11 @@ def read_settings(args: argparse.Namespace) -> Settings:
 
 def train(settings: Settings, dry_run: bool) -> None:
     """Load teacher and data and train, or try it."""
-    from .batches import open_pairs
+    from .data.batches import open_pairs
+    from .engine.loop import train_student
+    from .engine.processes import Processes
+    from .engine.rehearsal import rehearse
     from .host import Teacher
-    from .loop import train_student
-    from .processes import Processes
-    from .rehearsal import rehearse
 
     processes = Processes(settings.train)
     teacher = Teacher(settings.teacher_file, processes.device)
@@ -129,7 +129,7 @@ def main() -> None:
     ensure_comfy(args.comfyui)
     if args.stop_with_parent:
         follow_parent()
-    from .state import TrainingStopped
+    from .engine.state import TrainingStopped
 
     try:
         train(settings, args.dry_run)

@@ -2,6 +2,8 @@
 
 import torch
 
+TIME_BANDS = ((0, 100), (100, 300), (300, 600), (600, 1000))  # detail is decided in the first, composition in the last
+
 
 def alphas_cumprod() -> torch.Tensor:
     """Signal power per timestep (1000,), SD's scaled-linear schedule."""

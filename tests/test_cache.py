@@ -9,8 +9,8 @@ import time
 import pytest
 import torch
 
-from dkd_trainer.cache import Reader, Store, hold, make_key
-from dkd_trainer.source import DataError, Refused
+from dkd_trainer.data.cache import Reader, Store, hold, make_key
+from dkd_trainer.data.source import DataError, Refused
 
 WIDTH = 3
 

@@ -41,7 +41,7 @@ def teacher(studio):
 @pytest.fixture(scope="module")
 def corpus(teacher):
     """Eight pictures of four large patches, so that a low band tells nearly all of them."""
-    from dkd_trainer.batches import TensorCorpus
+    from dkd_trainer.data.batches import TensorCorpus
 
     generator = torch.Generator().manual_seed(0)
     context = torch.cat([teacher.encode_prompt(p) for p in ("red apple", "octopus")] * 4)
@@ -65,7 +65,7 @@ def make_settings(tmp_path):
 def prepare(teacher, corpus):
     """A ControlTraining that has not begun."""
     from dkd_trainer.control.training import ControlTraining
-    from dkd_trainer.processes import Processes
+    from dkd_trainer.engine.processes import Processes
 
     def build(settings, held_out=None):
         return ControlTraining(teacher, corpus, settings, Processes(settings.train), held_out)
@@ -142,7 +142,7 @@ def test_checkpointing_changes_no_gradient(teacher, corpus):
 
 def test_stopped_training_goes_on_to_the_bit(make_settings, prepare, monkeypatch):
     from dkd_trainer.control.training import ControlTraining
-    from dkd_trainer.state import TrainingStopped
+    from dkd_trainer.engine.state import TrainingStopped
 
     whole, parts = make_settings("whole", control__band="mini"), make_settings("parts", control__band="mini")
     prepare(whole).run()

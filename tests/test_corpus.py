@@ -12,11 +12,11 @@ import pytest
 import torch
 from PIL import Image
 
-from dkd_trainer.corpus import open_corpus
-from dkd_trainer.drawing import Drawing
-from dkd_trainer.encoder import Effort
-from dkd_trainer.pairs import find_pairs, load_encoded
-from dkd_trainer.source import DataError
+from dkd_trainer.data.corpus import open_corpus
+from dkd_trainer.data.drawing import Drawing
+from dkd_trainer.data.encoder import Effort
+from dkd_trainer.data.pairs import find_pairs, load_encoded
+from dkd_trainer.data.source import DataError
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZE = 64
@@ -136,7 +136,7 @@ def test_a_changed_picture_is_encoded_again_and_no_other(pairs, teacher, tmp_pat
 
 
 def test_a_picture_that_changes_under_way_is_not_kept_under_its_old_content(teacher, tmp_path, monkeypatch):
-    from dkd_trainer import encoder
+    from dkd_trainer.data import encoder
 
     folder, look_at_all = tmp_path / "pairs", encoder.look_at_all
     for number in range(3):
@@ -203,8 +203,8 @@ def test_prompts_alone_are_drawn_by_the_teacher_from_their_seed(teacher, tmp_pat
 
 
 def test_a_drawn_latent_is_what_the_sampler_gives(teacher, tmp_path):
+    from dkd_trainer.data.drawing import draw_noise, plan_seeds
     from dkd_trainer.diffusion import sample_euler, to_noise
-    from dkd_trainer.drawing import draw_noise, plan_seeds
 
     source = tmp_path / "prompts.txt"
     source.write_text("octopus\n")
@@ -255,7 +255,13 @@ def test_brackets_in_a_caption_are_no_weights_and_long_ones_are_cut(teacher):
 def start_encoding(pairs, cache, teacher_file):
     """The command of its own process, with shards of two rows."""
     options = {"--data": pairs, "--cache": cache, "--size": SIZE, "--batch": 2, "--rows": 2, "--teacher": teacher_file}
-    command = [sys.executable, "-m", "dkd_trainer.encode", *(str(part) for item in options.items() for part in item)]
+    command = [
+        sys.executable,
+        "-m",
+        "dkd_trainer",
+        "encode",
+        *(str(part) for item in options.items() for part in item),
+    ]
     settings = {"OMP_NUM_THREADS": str(torch.get_num_threads()), "OMP_WAIT_POLICY": "PASSIVE"}
     return subprocess.Popen(
         command, cwd=ROOT, env={**os.environ, **settings}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

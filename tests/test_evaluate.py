@@ -10,10 +10,10 @@ from conftest import relate
 from PIL import Image
 
 from dha.config import DHAConfig
-from dkd_trainer import charts
-from dkd_trainer.attention_cost import count_cost, count_full, match_budget, match_sparsity
-from dkd_trainer.report import Report, compare_at_equal_time, write_report
-from dkd_trainer.summary import judge_null_band, summarise
+from dkd_trainer.evidence import charts
+from dkd_trainer.evidence.attention_cost import count_cost, count_full, match_budget, match_sparsity
+from dkd_trainer.evidence.report import Report, compare_at_equal_time, write_report
+from dkd_trainer.evidence.summary import judge_null_band, summarise
 
 pytest.importorskip("efficientnet_lite_pytorch", reason="picture features come with the extra `train`")
 
@@ -56,13 +56,13 @@ def student(studio):
 
 
 def read(arguments, *more):
-    from dkd_trainer.evaluate import read_arguments
+    from dkd_trainer.evidence.evaluate import read_arguments
 
     return read_arguments([*arguments, *more])
 
 
 def test_a_stopped_evaluation_goes_on_with_what_was_measured(arguments, student, out, monkeypatch):
-    from dkd_trainer import comparison, evaluate
+    from dkd_trainer.evidence import comparison, evaluate
 
     args = read(arguments, "--students", student, "--no-peers")
     measure, names = comparison.measure_subject, []
@@ -89,7 +89,7 @@ def test_a_stopped_evaluation_goes_on_with_what_was_measured(arguments, student,
 
 
 def test_rows_put_harmless_changes_below_another_seed(arguments, student, out):
-    from dkd_trainer import evaluate
+    from dkd_trainer.evidence import evaluate
 
     evaluate.evaluate(read(arguments, "--students", student, "--no-peers"))
     document = json.loads((out / "evaluation.json").read_text())
@@ -106,8 +106,8 @@ def test_rows_put_harmless_changes_below_another_seed(arguments, student, out):
 
 
 def test_choosing_and_reporting_use_different_pairs(teacher, pairs, tmp_path):
-    from dkd_trainer.held_out import open_held_out
-    from dkd_trainer.source import DataError
+    from dkd_trainer.data.source import DataError
+    from dkd_trainer.evidence.held_out import open_held_out
 
     first, second = (open_held_out(pairs, teacher, tmp_path, 64, skip, 5) for skip in (0, 5))
     assert not set(first.prompts) & set(second.prompts) and first.identity != second.identity
@@ -116,7 +116,7 @@ def test_choosing_and_reporting_use_different_pairs(teacher, pairs, tmp_path):
 
 
 def predict(teacher, subject, seed=0):
-    from dkd_trainer.subject import Running
+    from dkd_trainer.evidence.subject import Running
 
     x = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(1))
     context = torch.randn(2, 77, teacher.architecture.context, generator=torch.Generator().manual_seed(2))
@@ -134,8 +134,8 @@ def predict(teacher, subject, seed=0):
     ],
 )
 def test_core_nodes_as_peers_do_what_they_do_in_comfyui(studio, teacher, node, settings, name):
-    from dkd_trainer.peers import list_peers
-    from dkd_trainer.subject import Subject
+    from dkd_trainer.evidence.peers import list_peers
+    from dkd_trainer.evidence.subject import Subject
 
     peer = next(subject for subject in list_peers((0,)) if subject.name == name)
     patched = studio.call(node, model=studio.model, **settings)
@@ -146,8 +146,8 @@ def test_core_nodes_as_peers_do_what_they_do_in_comfyui(studio, teacher, node, s
 
 
 def test_peers_that_keep_everything_are_the_teacher(teacher):
-    from dkd_trainer import peers
-    from dkd_trainer.subject import Subject
+    from dkd_trainer.evidence import peers
+    from dkd_trainer.evidence.subject import Subject
 
     expected = predict(teacher, Subject("teacher", "teacher"))
     for subject in (peers.strided((0, 1), 1), peers.pooled((0, 1), 1), peers.windowed((0, 1), 1)):
@@ -157,14 +157,14 @@ def test_peers_that_keep_everything_are_the_teacher(teacher):
 
 
 def test_windows_refuse_a_size_that_they_cannot_cut(teacher):
-    from dkd_trainer.peers import windowed
+    from dkd_trainer.evidence.peers import windowed
 
     with pytest.raises(ValueError, match="cannot be cut into 3x3"):
         predict(teacher, windowed((0,), 3))
 
 
 def test_lower_precision_runs_on_a_copy(teacher):
-    from dkd_trainer.subject import Subject
+    from dkd_trainer.evidence.subject import Subject
 
     before = next(teacher.unet.parameters()).dtype
     exact = predict(teacher, Subject("teacher", "teacher"))
@@ -173,7 +173,7 @@ def test_lower_precision_runs_on_a_copy(teacher):
 
 
 def test_changed_attributes_are_set_back_after_every_call(teacher):
-    from dkd_trainer.subject import Subject
+    from dkd_trainer.evidence.subject import Subject
 
     path = "input_blocks.1.1.norm.num_groups"
     changed = predict(teacher, Subject("four groups", "x", attributes={path: 4}))
@@ -182,9 +182,9 @@ def test_changed_attributes_are_set_back_after_every_call(teacher):
 
 
 def test_step_times_are_relative_to_the_first_subject_and_count_pairs(teacher):
-    from dkd_trainer.peers import strided
-    from dkd_trainer.stopwatch import time_subjects
-    from dkd_trainer.subject import Subject
+    from dkd_trainer.evidence.peers import strided
+    from dkd_trainer.evidence.stopwatch import time_subjects
+    from dkd_trainer.evidence.subject import Subject
 
     times = time_subjects(teacher, [Subject("teacher", "teacher"), strided((0,), 2)], 64, 2, 2)
     first, second = times.values()
@@ -281,7 +281,7 @@ def test_official_is_given_the_sparsity_that_costs_as_much():
 
 
 def test_an_ablation_trains_and_measures_each_row_once(arguments, pairs, out, monkeypatch):
-    from dkd_trainer import ablation
+    from dkd_trainer.evidence import ablation
 
     more = ["--data", str(pairs), "--seconds", "0.1", "--only", "stages 1+2", "official, rate 1e-06"]
     args = ablation.read_arguments([*arguments, *more, "--set", "train.batch=2"])
@@ -296,7 +296,7 @@ def test_an_ablation_trains_and_measures_each_row_once(arguments, pairs, out, mo
 
 
 def test_an_unknown_row_is_named(arguments, pairs):
-    from dkd_trainer import ablation
+    from dkd_trainer.evidence import ablation
 
     args = ablation.read_arguments([*arguments, "--data", str(pairs), "--only", "stage 9"])
     with pytest.raises(ValueError, match="no row 'stage 9'"):

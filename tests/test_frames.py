@@ -6,9 +6,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from PIL import Image
 
-from dkd_trainer import frames, ledger
-from dkd_trainer.ledger import Ledger
-from dkd_trainer.source import Pair
+from dkd_trainer.data import frames, ledger
+from dkd_trainer.data.ledger import Ledger
+from dkd_trainer.data.source import Pair
 
 
 @pytest.fixture

@@ -123,7 +123,7 @@ def test_root_module_holds_the_entry_point_and_nothing_else():
 
 
 def test_every_package_of_the_library_is_declared():
-    declared = re.search(r"^packages = \[(.*)\]$", (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
+    declared = re.search(r"^packages = \[(.*?)\]$", (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.M | re.S)
     folders = {file.parent for layer in ("dha", "dkd_trainer") for file in find_sources(layer)}
     assert set(re.findall(r'"(.*?)"', declared[1])) == {".".join(folder.relative_to(ROOT).parts) for folder in folders}
 

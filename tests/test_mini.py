@@ -36,9 +36,9 @@ def test_the_narrow_autoencoder_equals_the_stock_one_that_the_host_builds(studio
 
 
 def test_training_goes_on_from_a_checkpoint_alone(studio, tmp_path):
+    from dkd_trainer.engine.schedule import load_state
     from dkd_trainer.mini.export import start_from
     from dkd_trainer.mini.teacher import MiniTeacher
-    from dkd_trainer.schedule import load_state
 
     checkpoint, work = tmp_path / "mini.safetensors", tmp_path / "work"
     save_file(load_file(studio.checkpoint), checkpoint, metadata={"training": '{"steps": 7}'})

@@ -3,8 +3,8 @@
 import pytest
 from PIL import Image
 
-from dkd_trainer.pairs import DataError, find_pairs, list_source
-from dkd_trainer.source import count_reasons
+from dkd_trainer.data.pairs import DataError, find_pairs, list_source
+from dkd_trainer.data.source import count_reasons
 
 
 def write_pair(folder, name, prompt="a cat", images="", prompts=""):

@@ -9,9 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from dkd_trainer.buckets import Framing
-from dkd_trainer.pictures import cut_picture, decode_picture, measure_picture, read_picture
-from dkd_trainer.source import DataError, Refused
+from dkd_trainer.data.buckets import Framing
+from dkd_trainer.data.pictures import cut_picture, decode_picture, measure_picture, read_picture
+from dkd_trainer.data.source import DataError, Refused
 
 
 def save(picture, kind="PNG", **settings):

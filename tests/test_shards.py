@@ -6,9 +6,9 @@ import tarfile
 
 import pytest
 
-from dkd_trainer.pairs import list_source
-from dkd_trainer.shards import expand_braces, find_shards
-from dkd_trainer.source import DataError, count_reasons
+from dkd_trainer.data.pairs import list_source
+from dkd_trainer.data.shards import expand_braces, find_shards
+from dkd_trainer.data.source import DataError, count_reasons
 
 
 def write_shard(path, members, mode="w"):

@@ -37,7 +37,7 @@ def teacher(studio):
 
 @pytest.fixture(scope="module")
 def corpus(teacher):
-    from dkd_trainer.batches import TensorCorpus
+    from dkd_trainer.data.batches import TensorCorpus
 
     generator = torch.Generator().manual_seed(0)
     prompts = ["red apple, noto style, pink background", "octopus, flat style, white background"]
@@ -62,8 +62,8 @@ def make_settings(tmp_path):
 @pytest.fixture
 def prepare(teacher, corpus):
     """A Training that has not begun."""
-    from dkd_trainer.loop import Training
-    from dkd_trainer.processes import Processes
+    from dkd_trainer.engine.loop import Training
+    from dkd_trainer.engine.processes import Processes
 
     def build(settings, held_out=None):
         return Training(teacher, corpus, settings, Processes(settings.train), held_out)
@@ -77,7 +77,7 @@ def read_journal(settings):
 
 def stop_at(monkeypatch, number, steps):
     """Send a signal to this process while it takes each of `steps`."""
-    from dkd_trainer.loop import Training
+    from dkd_trainer.engine.loop import Training
 
     take = Training.take_step
 
@@ -91,8 +91,8 @@ def stop_at(monkeypatch, number, steps):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_resumed_training_equals_uninterrupted_training_to_the_bit(teacher, corpus, make_settings, monkeypatch, number):
-    from dkd_trainer.loop import train_student
-    from dkd_trainer.state import TrainingStopped
+    from dkd_trainer.engine.loop import train_student
+    from dkd_trainer.engine.state import TrainingStopped
 
     terms = {f"{stage}__{name}": value for stage in ("imitation", "quality") for name, value in ALL_TERMS.items()}
     terms |= {"quality__steps": 2, "train__batch": 4, "train__accumulation": 2}
@@ -112,7 +112,7 @@ def test_resumed_training_equals_uninterrupted_training_to_the_bit(teacher, corp
 
 
 def test_a_state_of_other_settings_is_not_continued(teacher, corpus, make_settings):
-    from dkd_trainer.loop import train_student
+    from dkd_trainer.engine.loop import train_student
 
     train_student(teacher, corpus, make_settings(transfer__steps=1, imitation__steps=0))
     with pytest.raises(ValueError, match="transfer.steps was 1, is 2"):
@@ -122,8 +122,8 @@ def test_a_state_of_other_settings_is_not_continued(teacher, corpus, make_settin
 def test_a_loss_that_is_no_number_stops_the_training_before_it_spoils_the_state(
     teacher, corpus, make_settings, monkeypatch
 ):
-    from dkd_trainer import stages
-    from dkd_trainer.loop import train_student
+    from dkd_trainer.engine import stages
+    from dkd_trainer.engine.loop import train_student
 
     imitate = stages.imitation_losses
 
@@ -140,8 +140,8 @@ def test_a_loss_that_is_no_number_stops_the_training_before_it_spoils_the_state(
 
 
 def test_a_full_disk_is_said_and_the_old_state_is_kept(teacher, corpus, make_settings, monkeypatch):
-    from dkd_trainer.loop import train_student
-    from dkd_trainer.state import StateFolder
+    from dkd_trainer.engine.loop import train_student
+    from dkd_trainer.engine.state import StateFolder
 
     resource = pytest.importorskip("resource", reason="Windows has no limit on the size of files")
     settings, save = make_settings(), StateFolder.save
@@ -166,7 +166,7 @@ def test_a_full_disk_is_said_and_the_old_state_is_kept(teacher, corpus, make_set
 
 
 def test_the_last_states_are_kept_and_a_damaged_one_is_passed_over(teacher, corpus, make_settings, capsys):
-    from dkd_trainer.loop import train_student
+    from dkd_trainer.engine.loop import train_student
 
     settings = make_settings(output__save_every=1, output__keep=3)
     train_student(teacher, corpus, settings)
@@ -187,7 +187,7 @@ def load_weights_equal(first, second):
 
 
 def test_the_journal_tells_what_happened_and_forgets_what_is_done_again(tmp_path):
-    from dkd_trainer.journal import Journal
+    from dkd_trainer.engine.journal import Journal
 
     journal = Journal(tmp_path / "journal.jsonl")
     for event, step in (("start", 0), ("step", 1), ("save", 2), ("step", 2), ("step", 3), ("stop", 2)):
@@ -203,7 +203,7 @@ def test_the_journal_tells_what_happened_and_forgets_what_is_done_again(tmp_path
 
 
 def test_a_run_is_seen_while_it_runs_and_leaves_its_settings_and_record(teacher, corpus, make_settings):
-    from dkd_trainer.loop import train_student
+    from dkd_trainer.engine.loop import train_student
     from dkd_trainer.settings import assemble_settings
 
     watch = {"watch__validate_every": 4, "watch__sheet_every": 6, "watch__tensorboard": False}
@@ -227,7 +227,7 @@ def test_a_run_is_seen_while_it_runs_and_leaves_its_settings_and_record(teacher,
 
 def test_tensorboard_gets_every_loss_term_and_the_sheets(teacher, corpus, make_settings):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    from dkd_trainer.loop import train_student
+    from dkd_trainer.engine.loop import train_student
 
     settings = make_settings(watch__tensorboard=True, watch__validate_every=3, watch__sheet_every=6)
     train_student(teacher, corpus, settings)
@@ -278,7 +278,7 @@ def test_parts_of_a_batch_give_the_whole_batch_s_losses_and_gradients(prepare, m
 
 def measure(training, terms, **options):
     """Loss terms of one stage-2 batch and the student's gradients of their sum."""
-    from dkd_trainer.imitation import imitation_losses
+    from dkd_trainer.engine.imitation import imitation_losses
 
     (batch,) = training.read_step(3)
     losses = imitation_losses(training.teacher, training.student, batch, terms, **options)
@@ -310,8 +310,8 @@ def test_every_loss_term_reaches_the_student(prepare, make_settings, term):
 
 
 def test_guidance_compares_what_the_sampler_mixes(teacher, prepare, make_settings):
-    from dkd_trainer.imitation import imitation_losses, student_options
-    from dkd_trainer.transfer import relative_error
+    from dkd_trainer.engine.imitation import imitation_losses, student_options
+    from dkd_trainer.engine.transfer import relative_error
 
     training = prepare(make_settings(imitation__guidance=[3.0, 6.0]))
     (batch,) = training.read_step(3)
@@ -328,8 +328,8 @@ def test_guidance_compares_what_the_sampler_mixes(teacher, prepare, make_setting
 
 
 def test_terms_are_scaled_to_the_size_of_the_prediction_s_and_join_when_it_is_known():
+    from dkd_trainer.engine.stages import Balance, Stage
     from dkd_trainer.settings import ImitationSettings
-    from dkd_trainer.stages import Balance, Stage
 
     stage = Stage("quality", 10, ImitationSettings(steps=11, blocks=0.5, noise=(0.0, 1.0)))
     balance = Balance()
@@ -355,8 +355,8 @@ def test_bf16_trains_the_same_student_to_its_precision(prepare, make_settings):
 
 
 def test_without_averaging_the_file_holds_the_last_weights(teacher, corpus, make_settings):
-    from dkd_trainer.loop import Training
-    from dkd_trainer.processes import Processes
+    from dkd_trainer.engine.loop import Training
+    from dkd_trainer.engine.processes import Processes
 
     for ema, same in ((0.0, True), (0.9, False)):
         settings = make_settings(f"ema{ema}", train__ema=ema)
@@ -368,8 +368,8 @@ def test_without_averaging_the_file_holds_the_last_weights(teacher, corpus, make
 
 
 def test_learning_rates_warm_up_and_fall_in_each_stage():
+    from dkd_trainer.engine.stages import Stage
     from dkd_trainer.settings import TransferSettings
-    from dkd_trainer.stages import Stage
 
     cosine = Stage("transfer", 100, TransferSettings(steps=100, rate=0.5, warmup=10))
     constant = Stage("transfer", 100, TransferSettings(steps=100, rate=0.5, warmup=10, schedule="constant"))
@@ -388,7 +388,7 @@ def test_attention_transfer_lowers_the_error_of_every_layer(teacher, corpus):
     from dha.config import DHAConfig
     from dha.student import Student
     from dkd_trainer.diffusion import add_noise
-    from dkd_trainer.transfer import transfer_losses
+    from dkd_trainer.engine.transfer import transfer_losses
 
     torch.manual_seed(0)
     config = DHAConfig(levels=(0,), memory=4, rank=4, router_width=16)
@@ -409,7 +409,7 @@ def test_attention_transfer_lowers_the_error_of_every_layer(teacher, corpus):
 
 
 def test_the_trunk_is_left_as_it_was(teacher, corpus, make_settings):
-    from dkd_trainer.loop import train_student
+    from dkd_trainer.engine.loop import train_student
 
     before = {name: tensor.clone() for name, tensor in teacher.unet.state_dict().items()}
     train_student(teacher, corpus, make_settings(imitation__blocks=0.5, train__checkpointing=True))
@@ -417,8 +417,8 @@ def test_the_trunk_is_left_as_it_was(teacher, corpus, make_settings):
 
 
 def test_the_official_preset_trains_published_layers_with_its_defects_repaired(teacher, corpus, make_settings):
-    from dkd_trainer.loop import Training
-    from dkd_trainer.processes import Processes
+    from dkd_trainer.engine.loop import Training
+    from dkd_trainer.engine.processes import Processes
 
     # the preset's losses, shortened: what a preset says of the student would be changed by TINY
     student = {"mode": "official", "levels": [0, 1, 2, 3], "memory": 0, "rank": 0, "router_width": 0}

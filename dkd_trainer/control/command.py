@@ -6,9 +6,9 @@ from pathlib import Path
 
 from dha.frequency import BANDS
 
+from ..engine.journal import Journal
 from ..fields import SettingsError
 from ..host import ensure_comfy
-from ..journal import Journal
 from ..settings import parse_override
 from .settings import ControlSettings, assemble_control
 
@@ -72,9 +72,9 @@ def check_name(path: Path) -> None:
 
 def train(settings: ControlSettings) -> None:
     """Load teacher and data and train."""
-    from ..batches import open_pairs
+    from ..data.batches import open_pairs
+    from ..engine.processes import Processes
     from ..host import Teacher
-    from ..processes import Processes
     from .training import train_control
 
     processes = Processes(settings.train)
@@ -104,7 +104,7 @@ def main(arguments: list[str]) -> None:
         return convert(args)
     settings = read_settings(args)
     ensure_comfy(args.comfyui)
-    from ..state import TrainingStopped
+    from ..engine.state import TrainingStopped
 
     try:
         train(settings)

@@ -11,15 +11,14 @@ from dha.control_file import ControlConfig, save_control
 from dha.frequency import filter_band
 from dha.whole_file import write_whole
 
-from ..batches import Batch, Corpus
-from ..diffusion import add_noise, training_target
-from ..evaluation import BANDS as TIMES
+from ..data.batches import Batch, Corpus
+from ..diffusion import TIME_BANDS, add_noise, training_target
+from ..engine.loop import Training
+from ..engine.processes import Processes
+from ..engine.sheets import Examination
+from ..engine.stages import Stage
 from ..host import Teacher
-from ..loop import Training
-from ..processes import Processes
 from ..record import current_command, current_commit, list_versions
-from ..sheets import Examination
-from ..stages import Stage
 from .branch import TrainedBranch
 from .settings import ControlSettings
 
@@ -106,7 +105,7 @@ class ControlExamination(Examination):
         generator, device = torch.Generator().manual_seed(5), self.teacher.device
         errors, sums = {}, {"steered": 0.0, "unsteered": 0.0}
         options = student.as_options(filter_band(self.latents.to(device), student.config.band, SHEET_SEED))
-        for low, high in TIMES:
+        for low, high in TIME_BANDS:
             t = torch.randint(low, high, (len(self.latents),), generator=generator)
             noisy = add_noise(self.latents, self.noise, t)
             target = training_target(self.latents, self.noise, t, self.teacher.prediction).to(device)
@@ -114,7 +113,7 @@ class ControlExamination(Examination):
             steered, unsteered = (F.mse_loss(self.teacher.predict(*moved, o), target).item() for o in (options, {}))
             errors[f"{low}-{high}"] = steered / unsteered
             sums = {"steered": sums["steered"] + steered, "unsteered": sums["unsteered"] + unsteered}
-        return {**errors, **{name: value / len(TIMES) for name, value in sums.items()}}
+        return {**errors, **{name: value / len(TIME_BANDS) for name, value in sums.items()}}
 
     @torch.no_grad()
     def draw_sheet(self, student: TrainedBranch) -> Tensor:

@@ -14,7 +14,7 @@ FID_WEIGHTS = "pt_inception-2015-12-05-*.pth"
 
 
 def find_published(clip_weights: Path | None, clip_model: str) -> tuple[dict[str, dict], dict[str, str]]:
-    """The metrics that can be computed here as functions (see `dkd_trainer.judges`), and by name why others cannot.
+    """The metrics that can be computed here as functions (see `evidence.judges`), and by name why others cannot.
 
     Raises FileNotFoundError for named weights that are not there.
     """

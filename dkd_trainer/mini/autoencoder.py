@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from ..schedule import cosine_rate, load_state, save_state
+from ..engine.schedule import cosine_rate, load_state, save_state
 from .data import Emoji, draw_crops
 
 LATENT_SCALE = 0.18215  # SD-2.1's latent format multiplies the encoder's output by this

@@ -9,8 +9,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from ..engine.schedule import save_state
 from ..host import register_mini
-from ..schedule import save_state
 from .autoencoder import Autoencoder, widen
 
 

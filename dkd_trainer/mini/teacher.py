@@ -11,7 +11,7 @@ from torch import nn
 from tqdm import tqdm
 
 from ..diffusion import add_noise, sample_euler, to_noise, training_target
-from ..schedule import load_state, save_state, trapezoid_rate
+from ..engine.schedule import load_state, save_state, trapezoid_rate
 from .autoencoder import decode, encode
 from .data import CHUNKS, Emoji, chunk_path, encode_scenes, load_chunk, plan_chunk, plan_held_out
 from .model import Tokens, build_text_encoder, build_unet, encode_text

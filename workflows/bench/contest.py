@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dkd_trainer.pair_counter import PairCounter
+from dkd_trainer.evidence.pair_counter import PairCounter
 
 from .model import import_from_pack
 

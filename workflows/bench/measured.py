@@ -113,7 +113,7 @@ def merge(
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m workflows.bench.measured", description=__doc__)
     parser.add_argument("results", type=Path, nargs="*", help="JSON files of the bench, the one to show last")
-    parser.add_argument("--errors", type=Path, help="JSON of dkd_trainer.evaluate with a row for each preset")
+    parser.add_argument("--errors", type=Path, help="JSON of dkd_trainer evaluate with a row for each preset")
     parser.add_argument("--out", type=Path, default=OUT, help="the file to renew (nodes/measured.json)")
     arguments = parser.parse_args()
     try:

@@ -1,7 +1,7 @@
 """What a user could pick instead of a student: ComfyUI's own ToMe and HyperTile, and shorter keys without training."""
 
+from ..host import Teacher
 from .contexts import builder_options, pool_keys, removed_options, stride_keys, window_options
-from .host import Teacher
 from .subject import Build, Subject
 
 STRIDES = (2, 3, 4)

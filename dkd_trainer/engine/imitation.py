@@ -8,10 +8,10 @@ from torch import Tensor
 from dha.patch import make_patches, plain_attention
 from dha.student import Student
 
-from .batches import Batch
-from .diffusion import training_target
+from ..data.batches import Batch
+from ..diffusion import training_target
+from ..host import Teacher
 from .features import Features, keep_blocks, recompute_layers
-from .host import Teacher
 from .official import compare_maps, teach_routers
 from .transfer import relative_error
 

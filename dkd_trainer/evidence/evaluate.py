@@ -5,8 +5,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..host import ROOT, ensure_comfy
 from .comparison import Comparison, add_arguments
-from .host import ROOT, ensure_comfy
 from .peers import list_peers
 from .report import write_report
 from .students import list_students, peer_levels, read_students
@@ -44,8 +44,7 @@ def evaluate(args: argparse.Namespace) -> list[Path]:
     comparison = Comparison(args)
     for subject in list_subjects(args, comparison):
         comparison.measure(subject)
-    module = "dkd_trainer" if sys.argv[1:2] == ["evaluate"] else "dkd_trainer.evaluate"
-    return write_report(comparison.report(module, args.students), args.out, "evaluation")
+    return write_report(comparison.report(args.students), args.out, "evaluation")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -58,7 +57,3 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit("stopped; the same command goes on from here")
     except (OSError, ValueError, ImportError) as error:
         sys.exit(f"dkd_trainer evaluate: {error}")
-
-
-if __name__ == "__main__":
-    main()

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .fields import SettingsError
-from .settings import TrainSettings
+from ..fields import SettingsError
+from ..settings import TrainSettings
 
 PATIENCE = timedelta(hours=2)  # the others wait while the first encodes pictures or draws sheets
 

@@ -7,7 +7,7 @@ from statistics import median, quantiles
 import torch
 from tqdm import tqdm
 
-from .host import Teacher
+from ..host import Teacher
 from .pair_counter import PairCounter
 from .subject import Running, Subject
 

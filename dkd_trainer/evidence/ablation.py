@@ -1,4 +1,4 @@
-"""`python -m dkd_trainer.ablation`: what each stage and each part is worth, at equal cost and equal training time."""
+"""`python -m dkd_trainer ablation`: what each stage and each part is worth, at equal cost and equal training time."""
 
 import argparse
 import hashlib
@@ -12,16 +12,16 @@ from dha.config import DHAConfig
 from dha.sites import SITES
 from dha.whole_file import write_whole
 
+from ..data.corpus import open_corpus
+from ..engine.loop import train_student
+from ..engine.state import TrainingStopped
+from ..host import Teacher, ensure_comfy
+from ..settings import Settings, assemble_settings, parse_override
 from .ablation_rows import GROUPS, TrainedRow, list_context_rows, list_part_rows, list_stage_rows
 from .attention_cost import count_cost, count_full, match_budget
 from .comparison import Comparison, add_arguments
-from .corpus import open_corpus
-from .host import Teacher, ensure_comfy
-from .loop import train_student
 from .pace import plan_steps
 from .report import write_report
-from .settings import Settings, assemble_settings, parse_override
-from .state import TrainingStopped
 from .students import describe, read_students, training_free
 from .subject import list_null_band
 
@@ -34,7 +34,7 @@ NOTE = (
 
 def read_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m dkd_trainer.ablation", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m dkd_trainer ablation", description=__doc__)
     add_arguments(parser)
     parser.add_argument("--data", type=Path, required=True, help="folder of training pairs")
     parser.add_argument("--seconds", type=float, default=600, help="of training for every row (%(default)s)")
@@ -142,7 +142,7 @@ def run_ablation(args: argparse.Namespace) -> list[Path]:
     full = count_full(side * side, channels)
     for name, config in configs.items():
         comparison.rows[name]["attention_cost"] = count_cost(config, side, channels) / full
-    return write_report(comparison.report("dkd_trainer.ablation", files, NOTE), args.out, "ablation")
+    return write_report(comparison.report(files, NOTE), args.out, "ablation")
 
 
 def measure_untrained(
@@ -178,8 +178,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(stopped, file=sys.stderr)
         sys.exit(128 + stopped.signal_number)
     except (OSError, ValueError, ImportError, FloatingPointError) as error:
-        sys.exit(f"dkd_trainer.ablation: {error}")
-
-
-if __name__ == "__main__":
-    main()
+        sys.exit(f"dkd_trainer ablation: {error}")

@@ -4,16 +4,16 @@ import os
 
 import torch
 
-from .record import current_command, current_commit, name_processor
+from ..record import current_command, current_commit, name_processor
 
 
-def describe_run(module: str, device: torch.device) -> dict[str, str]:
+def describe_run(device: torch.device) -> dict[str, str]:
     """Hardware, versions, commit and command line of this very run."""
     where = f"{name_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
     if device.type == "cuda":
         where = f"{torch.cuda.get_device_name(device)} ({where})"
     return {
-        "command": current_command(module),
+        "command": current_command("dkd_trainer"),
         "commit": current_commit(),
         "hardware": where,
         "torch": torch.__version__,

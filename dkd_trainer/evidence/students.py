@@ -8,8 +8,8 @@ from dha.checkpoint import check_architecture, load_student
 from dha.config import DHAConfig
 from dha.student import Student
 
-from .host import Teacher
-from .imitation import student_options
+from ..engine.imitation import student_options
+from ..host import Teacher
 from .kept import name_file
 from .peers import percent
 from .subject import Subject

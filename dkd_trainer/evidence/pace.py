@@ -9,11 +9,11 @@ from statistics import median
 
 from tqdm import tqdm
 
+from ..engine.loop import Training
+from ..engine.processes import Processes
+from ..host import Teacher
+from ..settings import Settings
 from .ablation_rows import STAGES, TrainedRow
-from .host import Teacher
-from .loop import Training
-from .processes import Processes
-from .settings import Settings
 
 ROUNDS = 6  # one step of every stage of every row each; the first is not counted
 

@@ -7,12 +7,12 @@ from torch import Tensor
 
 from dha.student import Student
 
-from .batches import Batch
-from .fields import SettingsError
-from .host import Teacher
+from ..data.batches import Batch
+from ..fields import SettingsError
+from ..host import Teacher
+from ..settings import ImitationSettings, Settings, TransferSettings
 from .imitation import imitation_losses
 from .schedule import cosine_rate
-from .settings import ImitationSettings, Settings, TransferSettings
 from .transfer import transfer_losses
 
 TERMS = ("output", "noise", "blocks", "attention", "maps", "routing")

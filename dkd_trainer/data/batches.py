@@ -9,12 +9,12 @@ from torch import Tensor
 
 from dha.student import Student
 
+from ..diffusion import add_noise
+from ..host import Teacher
+from ..settings import Settings
 from .corpus import open_corpus
-from .diffusion import add_noise
 from .drawing import Drawing
 from .encoder import Effort
-from .host import Teacher
-from .settings import Settings
 
 
 class Corpus(Protocol):

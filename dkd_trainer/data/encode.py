@@ -1,18 +1,17 @@
-"""`python -m dkd_trainer.encode`: fill a cache ahead of training, in any number of processes, and time it."""
+"""`python -m dkd_trainer encode`: fill a cache ahead of training, in any number of processes, and time it."""
 
 import argparse
-import sys
 import time
 from pathlib import Path
 
 import torch
 
-from .host import ROOT, Teacher, ensure_comfy
+from ..host import ROOT, Teacher, ensure_comfy
 
 
 def read_arguments(arguments: list[str]) -> argparse.Namespace:
     """The command line; the defaults encode squares for the shipped mini teacher."""
-    parser = argparse.ArgumentParser(prog="python -m dkd_trainer.encode", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m dkd_trainer encode", description=__doc__)
     parser.add_argument(
         "--teacher", type=Path, default=ROOT / "workflows" / "models" / "checkpoints" / "mini-sd21.safetensors"
     )
@@ -62,12 +61,3 @@ def main(arguments: list[str]) -> None:
     print(corpus.describe())
     print(f"opened in {seconds:.2f} s, {corpus.made} encoded here ({corpus.made / seconds:.1f} pairs/s)")
     print(f"from the cache: {time_reading(corpus):.0f} pairs/s in batches of 16")
-
-
-if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except KeyboardInterrupt:
-        sys.exit("stopped; the same command goes on from here")
-    except (FileNotFoundError, ValueError) as error:
-        sys.exit(f"dkd_trainer.encode: {error}")

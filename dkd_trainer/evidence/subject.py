@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from .host import Teacher
+from ..host import Teacher
 
 # `transformer_options` for a teacher and a side of the finest level in tokens: peers are stated as shares of it
 Build = Callable[[Teacher, int], dict]

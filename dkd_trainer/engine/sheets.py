@@ -10,12 +10,11 @@ from torch import Tensor
 from dha.student import Student
 from dha.whole_file import write_whole
 
-from .batches import Corpus
-from .diffusion import add_noise, sample_euler, to_noise
-from .evaluation import BANDS
-from .host import Teacher
+from ..data.batches import Corpus
+from ..diffusion import TIME_BANDS, add_noise, sample_euler, to_noise
+from ..host import Teacher
+from ..settings import WatchSettings
 from .imitation import student_options
-from .settings import WatchSettings
 
 STEPS = 25
 GAIN = 4  # the difference is shown this many times larger
@@ -43,13 +42,13 @@ class Examination:
         """Relative error |e_s - e_t| / |e_t| of the prediction, per band of timesteps and as their `mean`."""
         generator, options = torch.Generator().manual_seed(5), student_options(student)
         errors = {}
-        for low, high in BANDS:
+        for low, high in TIME_BANDS:
             t = torch.randint(low, high, (len(self.latents),), generator=generator)
             noisy = add_noise(self.latents, self.noise, t)
             moved = [tensor.to(self.teacher.device) for tensor in (noisy, t, self.context)]
             expected, found = self.teacher.predict(*moved), self.teacher.predict(*moved, options)
             errors[f"{low}-{high}"] = ((found - expected).norm() / expected.norm()).item()
-        return {**errors, "mean": sum(errors.values()) / len(BANDS)}
+        return {**errors, "mean": sum(errors.values()) / len(TIME_BANDS)}
 
     def draw_sheet(self, student: Student) -> Tensor:
         """Rows of teacher, student and four times their difference, same prompts and noise, as a picture (3, H, W)."""

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from dha.official import OfficialSite
 from dha.student import Student
 
+from ..host import Teacher
 from .features import Features
-from .host import Teacher
 from .transfer import ROUTING_QUERIES, routing_loss
 
 TEMPERATURE = 4.0

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import torch
 
-from .batches import open_pairs
-from .host import Teacher
+from ..data.batches import open_pairs
+from ..host import Teacher
+from ..settings import Settings
 from .loop import Training
 from .processes import Processes
-from .settings import Settings
 from .stages import Stage
 
 TRIES = 2  # steps per stage; the first one warms up

@@ -7,7 +7,7 @@ from dha.official import OfficialSite
 from dha.patch import plain_attention
 from dha.student import Student
 
-from .host import Teacher
+from ..host import Teacher
 
 ROUTING_QUERIES = 64  # queries from which the teacher's attention mass per key is estimated
 

@@ -4,10 +4,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from .metrics.bands import band_energies
-from .metrics.features import load_feature_net, perceptual_distance, pool_features
-from .metrics.prompt_score import load_prompt_scorer
-from .metrics.published import find_published
+from ..metrics.bands import band_energies
+from ..metrics.features import load_feature_net, perceptual_distance, pool_features
+from ..metrics.prompt_score import load_prompt_scorer
+from ..metrics.published import find_published
 
 
 def list_judges(scorer: Path | None, clip_weights: Path | None, clip_model: str) -> tuple[dict, dict[str, str]]:

@@ -17,14 +17,14 @@ from dha.checkpoint import save_student
 from dha.student import Student
 from dha.whole_file import write_whole
 
-from .batches import Batch, Corpus, Sampler
-from .fields import SettingsError
-from .host import Teacher
+from ..data.batches import Batch, Corpus, Sampler
+from ..fields import SettingsError
+from ..host import Teacher
+from ..record import current_command, current_commit, list_versions
+from ..settings import Settings
 from .journal import Board, Journal
 from .official import start_student
 from .processes import Processes
-from .record import current_command, current_commit, list_versions
-from .settings import Settings
 from .sheets import Examination, save_picture, set_aside
 from .stages import Balance, Stage, find_stage, list_stages
 from .state import StateFolder, StopRequest, TrainingStopped, to_cpu

@@ -8,17 +8,11 @@ from tqdm import tqdm
 
 from dha.fidelity import psnr, ssim
 
-from .diffusion import add_noise, sample_euler, to_noise
+from ..diffusion import TIME_BANDS, add_noise, sample_euler, to_noise
+from ..host import Teacher
 from .held_out import HeldOut, to_bytes
-from .host import Teacher
 from .subject import Running, Subject
 
-BANDS = (
-    (0, 100),
-    (100, 300),
-    (300, 600),
-    (600, 1000),
-)  # timesteps; detail is decided in the first, composition in the last
 SHOWN = 12  # pictures of each subject that are kept for the sheet
 
 
@@ -37,7 +31,7 @@ def predict_bands(running: Running, held_out: HeldOut, device: torch.device, bat
     torch.manual_seed(0)  # ToMe and random baselines draw from the global generator
     generator = torch.Generator().manual_seed(5)
     bands = []
-    for low, high in BANDS:
+    for low, high in TIME_BANDS:
         t = torch.randint(low, high, (len(held_out),), generator=generator)
         noisy = add_noise(held_out.latents, torch.randn(held_out.latents.shape, generator=generator), t)
         chunks = zip(noisy.split(batch), t.split(batch), held_out.context.split(batch), strict=True)
@@ -84,7 +78,7 @@ def measure_subject(
 ) -> dict[str, Tensor]:
     """All that is measured of a subject, by name, first dimension n; `reference` is the teacher's, None for itself.
 
-    `judges` are functions of pictures, see `list_judges` in `dkd_trainer.judges`.
+    `judges` are functions of pictures, see `list_judges` in `dkd_trainer.evidence.judges`.
     """
     running = Running(teacher, subject, held_out.latents.shape[-1])
     measured: dict[str, Tensor] = {}

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from dha.whole_file import write_whole
 
+from ..diffusion import TIME_BANDS
+from ..metrics.bands import NAMES
 from .charts import Point, draw_points, draw_sheet
-from .evaluation import BANDS
-from .metrics.bands import NAMES
 from .summary import Row, judge_null_band
 
 FORMAT = "dha-evaluation"
@@ -58,7 +58,7 @@ QUALITY = (
     Column("CLIP", "clip_score", ".2f"),
     Column("change", "clip_score_change", "+.2f"),
 )
-TIMESTEPS = tuple(Column(f"{low}-{high}", f"error {low}-{high}", ".4f") for low, high in BANDS)
+TIMESTEPS = tuple(Column(f"{low}-{high}", f"error {low}-{high}", ".4f") for low, high in TIME_BANDS)
 FREQUENCIES = tuple(Column(f"DCT {name}", f"dct_{name}", ".3f") for name in NAMES)
 
 
@@ -207,7 +207,7 @@ def draw_plots(report: Report, stem: str) -> dict[str, tuple[str, bytes]]:
     lines = [
         Point(name, "", (low + high) / 2, report.rows[name][f"error {low}-{high}"])
         for name in choose_lines(report)
-        for low, high in BANDS
+        for low, high in TIME_BANDS
     ]
     if lines:
         title = "Error by timestep"

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .corpus import open_corpus
-from .source import DataError
+from ..data.corpus import open_corpus
+from ..data.source import DataError
 
 
 @dataclass(frozen=True)

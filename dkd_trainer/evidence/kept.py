@@ -12,15 +12,16 @@ from torch import Tensor
 
 from dha.whole_file import write_whole
 
-from .host import ROOT
+from ..host import ROOT
 
-DHA = ("config", "hybrid", "official", "patch", "routing", "sites", "student", "frequency", "fidelity")
-TRAINER = ("contexts", "diffusion", "evaluation", "held_out", "judges", "peers", "subject")
+DHA = ("config", "hybrid", "local", "official", "patch", "routing", "sites", "student", "frequency", "fidelity")
+EVIDENCE = ("contexts", "evaluation", "held_out", "judges", "peers", "subject")
 METRICS = ("bands", "captions", "features", "phrases", "prompt_score", "published")
 # what decides a measurement; presenting it and training do not
 SOURCES = (
     *(f"dha/{name}.py" for name in DHA),
-    *(f"dkd_trainer/{name}.py" for name in TRAINER),
+    "dkd_trainer/diffusion.py",
+    *(f"dkd_trainer/evidence/{name}.py" for name in EVIDENCE),
     *(f"dkd_trainer/metrics/{name}.py" for name in METRICS),
 )
 

@@ -5,9 +5,9 @@ from typing import Any
 
 from dha.config import DHAConfig
 
+from ..host import Teacher
 from .attention_cost import count_cost, match_sparsity
 from .contexts import builder_options, grid_and_chosen
-from .host import Teacher
 from .peers import list_peers
 from .subject import Subject
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..diffusion import sample_euler, to_noise
 from .cache import Reader, make_key
-from .diffusion import sample_euler, to_noise
 from .frames import check_finite, split
 from .source import DataError, Refused
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..host import ROOT, Teacher
 from .evaluation import SHOWN, Sampling, judge_pictures, measure_subject
 from .hardware import describe_run
 from .held_out import open_held_out
-from .host import ROOT, Teacher
 from .judges import list_judges
 from .kept import Kept, name_code, name_file
 from .report import Report
@@ -103,7 +103,7 @@ class Comparison:
         sizes = args.time_size or [args.size]
         return [{**settings, "size": s, "subjects": time_subjects(teacher, timed, s, 2, args.rounds)} for s in sizes]
 
-    def report(self, module: str, students: list[Path], note: str = "") -> Report:
+    def report(self, students: list[Path], note: str = "") -> Report:
         """All there is to say, with the real pictures as the last row."""
         rows = {**self.rows, "real pictures": summarise(self.real, self.reference or {}, self.real)}
         settings = {
@@ -120,5 +120,5 @@ class Comparison:
         }
         families = {subject.name: (subject.family, subject.label) for subject in self.subjects}
         ours = {subject.name for subject in self.subjects if subject.is_dha}
-        record = describe_run(module, self.teacher.device)
+        record = describe_run(self.teacher.device)
         return Report(record, settings, rows, families, ours, self.time_all(), self.missing, self.sheet)

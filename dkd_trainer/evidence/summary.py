@@ -5,10 +5,10 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from .evaluation import BANDS
-from .metrics.bands import NAMES
-from .metrics.kernel_distance import jackknife_distance
-from .metrics.published import frechet_distance
+from ..diffusion import TIME_BANDS
+from ..metrics.bands import NAMES
+from ..metrics.kernel_distance import jackknife_distance
+from ..metrics.published import frechet_distance
 
 Row = dict[str, float]
 SCORES = ("prompt_score", "clip_score")
@@ -24,8 +24,8 @@ def summarise(measured: Mapping[str, Tensor], reference: Mapping[str, Tensor], r
     """
     row: Row = {}
     if "error" in measured:
-        row |= relate_bands(measured["error"], measured["energy"], [f"error {low}-{high}" for low, high in BANDS])
-        row["error mean"] = sum(row.values()) / len(BANDS)
+        row |= relate_bands(measured["error"], measured["energy"], [f"error {low}-{high}" for low, high in TIME_BANDS])
+        row["error mean"] = sum(row.values()) / len(TIME_BANDS)
     if "psnr" in measured:
         row["psnr"] = measured["psnr"].median().item()
         row["latent_error"] = relate(measured["latent_error"], measured["latent_energy"])

@@ -1,0 +1,1 @@
+"""What students are worth: subjects, measurements, reports, ablations."""
