@@ -20,7 +20,7 @@ class LoadFrequencyControl(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="LoadFrequencyControl",
+            node_id="DHALoadFrequencyControl",
             display_name="Load Frequency Control",
             category="DHA",
             description="Loads a frequency control from models/dha_control for Apply Frequency Control.",
@@ -50,7 +50,7 @@ class ApplyFrequencyControl(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="ApplyFrequencyControl",
+            node_id="DHAApplyFrequencyControl",
             display_name="Apply Frequency Control",
             category="DHA",
             description=(

@@ -9,7 +9,7 @@ class FrequencyFilter(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="FrequencyFilter",
+            node_id="DHAFrequencyFilter",
             display_name="Frequency Filter",
             category="DHA",
             description="Keeps one band of a latent's frequencies (DCT), and shows what that is.",

@@ -42,13 +42,13 @@ def write_control(studio, name: str, band: str = "low", rank: int = 4, seed: int
 
 
 def load(studio, name: str, **settings):
-    return studio.call("LoadFrequencyControl", control_name=write_control(studio, name, **settings).name)
+    return studio.call("DHALoadFrequencyControl", control_name=write_control(studio, name, **settings).name)
 
 
 def steer(studio, control, source, model=None, strength=1.0, start=0.0, end=1.0, seed=0):
     """Apply Frequency Control with the defaults of the node, by default to the teacher."""
     return studio.call(
-        "ApplyFrequencyControl",
+        "DHAApplyFrequencyControl",
         model=model or studio.model,
         control=control,
         source={"samples": source},
@@ -102,7 +102,7 @@ def test_the_host_computes_what_the_equations_say(studio, band, rank):
     branch = FCNet(copy.deepcopy(unet))
     branch.load_state_dict(merge_weights(unet.state_dict(), load_control(path).weights))
     x, context = draw_source(2, (136, 88), seed=1), torch.randn(2, 77, 128)
-    model = steer(studio, studio.call("LoadFrequencyControl", control_name=path.name), source, strength=0.6, seed=5)
+    model = steer(studio, studio.call("DHALoadFrequencyControl", control_name=path.name), source, strength=0.6, seed=5)
     found = predict(model, x, context)
     with torch.inference_mode():
         sampling = studio.model.get_model_object("model_sampling")
@@ -396,7 +396,7 @@ def test_models_folder_is_known(studio, control):
 
 
 def test_changed_file_is_loaded_again(studio):
-    node = studio.host.nodes.NODE_CLASS_MAPPINGS["LoadFrequencyControl"]
+    node = studio.host.nodes.NODE_CLASS_MAPPINGS["DHALoadFrequencyControl"]
     name = write_control(studio, "changing").name
     before = node.fingerprint_inputs(control_name=name)
     assert node.fingerprint_inputs(control_name=name) == before
@@ -430,7 +430,7 @@ def test_weights_that_are_not_the_models_are_refused_by_name(studio, source):
             wrong = {"shape": torch.zeros(1), "value": weights[first] * float("nan"), "type": weights[first].int()}
             weights[first] = wrong[change]
         rewrite(path, weights)
-        loaded = studio.call("LoadFrequencyControl", control_name=path.name)
+        loaded = studio.call("DHALoadFrequencyControl", control_name=path.name)
         with pytest.raises(ValueError, match=f"spoilt.safetensors.*{words}"):
             steer(studio, loaded, source)
 
@@ -448,11 +448,11 @@ def test_the_filter_node_shows_what_the_band_keeps(studio):
     (_, _, vae) = studio.host.call("CheckpointLoaderSimple", ckpt_name=studio.checkpoint.name)
     latent = {"samples": draw_source(2, (136, 88)), "batch_index": [4, 5]}
     settings = {"samples": latent, "vae": vae, "band": "mini", "shuffle_seed": 3}
-    kept, picture = studio.host.call("FrequencyFilter", **settings, scaled=True)
+    kept, picture = studio.host.call("DHAFrequencyFilter", **settings, scaled=True)
     assert torch.equal(kept["samples"], filter_band(latent["samples"], "mini", seed=3))
     assert kept["batch_index"] == [4, 5] and picture.shape == (2, 88, 136, 3)
     with torch.inference_mode():
         assert torch.equal(picture, vae.decode(kept["samples"]))
-    literal, _ = studio.host.call("FrequencyFilter", **settings, scaled=False)
+    literal, _ = studio.host.call("DHAFrequencyFilter", **settings, scaled=False)
     assert torch.equal(literal["samples"], filter_band(latent["samples"], "mini", seed=3, scaled=False))
     assert relate(literal["samples"], kept["samples"]) > 0.1

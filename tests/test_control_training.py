@@ -215,10 +215,10 @@ def test_the_host_draws_what_the_trainer_trained(studio, teacher, corpus, make_s
 
 
 def apply(studio, path, source):
-    control = studio.call("LoadFrequencyControl", control_name=path.name)
+    control = studio.call("DHALoadFrequencyControl", control_name=path.name)
     settings = {"strength": 1.0, "start_percent": 0.0, "end_percent": 1.0, "shuffle_seed": 0}
     return studio.call(
-        "ApplyFrequencyControl", model=studio.model, control=control, source={"samples": source}, **settings
+        "DHAApplyFrequencyControl", model=studio.model, control=control, source={"samples": source}, **settings
     )
 
 

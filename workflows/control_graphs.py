@@ -46,7 +46,7 @@ def steer(
         "11": node("KSampler", model=["1", 0], **source),
         "12": node("VAEDecode", samples=["11", 0], vae=["1", 2]),
         "13": node("PreviewImage", images=["12", 0]),
-        "14": node("LoadFrequencyControl", control_name=task.control),
+        "14": node("DHALoadFrequencyControl", control_name=task.control),
         "15": apply_control(model, strength),
     }
     graph["7"]["inputs"] |= {"model": ["15", 0], "seed": picture.seed + 1}
@@ -56,13 +56,13 @@ def steer(
 def apply_control(model: list, strength: float) -> dict[str, Any]:
     """Apply Frequency Control to a model's output, for the whole of the sampling."""
     settings = {"strength": strength, "start_percent": 0.0, "end_percent": 1.0, "shuffle_seed": 0}
-    return node("ApplyFrequencyControl", model=model, control=["14", 0], source=["11", 0], **settings)
+    return node("DHAApplyFrequencyControl", model=model, control=["14", 0], source=["11", 0], **settings)
 
 
 def show_band(graph: Graph, band: str) -> None:
     """Add what the band keeps of the source, node 17 previews it."""
     kept = {"samples": ["11", 0], "vae": ["1", 2], "band": band, "scaled": True, "shuffle_seed": 0}
-    graph |= {"16": node("FrequencyFilter", **kept), "17": node("PreviewImage", images=["16", 1])}
+    graph |= {"16": node("DHAFrequencyFilter", **kept), "17": node("PreviewImage", images=["16", 1])}
 
 
 def compare_steered(
