@@ -1,7 +1,7 @@
 """FCNet, FCDiffusion's control branch (arXiv 2407.03006), and how its outputs enter a UNet's decoder."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -65,7 +65,10 @@ class FCNet(nn.Module):
 
         `hint` is from `embed_hint`, timesteps (B,), context (B, 77, C); `options` go to the blocks and are written to.
         """
-        emb = self.time_embed(embed_time(timesteps, self.time_embed[0].in_features).to(x.dtype))
+        width = self.time_embed[0].in_features
+        emb = self.time_embed(embed_time(timesteps, width).to(x.dtype))
+        for patch in options.get("patches", {}).get("emb_patch", []):
+            emb = patch(emb, width, options)
         h, pairs = x, []
         for number, block in enumerate(self.input_blocks):
             options["block"] = ("input", number)
@@ -104,6 +107,13 @@ def control_options(steer: Callable, key: str = "dha_control") -> dict[str, Any]
     """`transformer_options` that steer a bare UNet of the host's, without a model patcher."""
     wrappers = {"diffusion_model": {key: [make_wrapper(steer, key)]}}
     return {"wrappers": wrappers, "patches": {"output_block_patch": [make_decoder_patch(key)]}}
+
+
+def apply_pairs(options: Mapping[str, Any], pairs: Sequence[Pair], key: str = "dha_control") -> dict[str, Any]:
+    """`transformer_options` that also apply known pairs to one forward of a bare UNet of the host's."""
+    patches = dict(options.get("patches", {}))
+    patches["output_block_patch"] = [*patches.get("output_block_patch", []), make_decoder_patch(key)]
+    return {**options, key: pairs, "patches": patches}
 
 
 def make_decoder_patch(key: str) -> Callable:

@@ -54,6 +54,11 @@ def text(default: str = "") -> Any:
     return rule(default, lambda v: isinstance(v, str), "a text")
 
 
+def texts() -> Any:
+    """A list of texts, empty by default."""
+    return rule((), lambda v: isinstance(v, tuple) and all(isinstance(t, str) and t for t in v), "a list of texts")
+
+
 def is_real(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from dha.config import DHAConfig
 
-from .fields import SettingsError, build, choice, merge, nest, real, reals, switch, text, to_toml, whole
+from .fields import SettingsError, build, choice, merge, nest, real, reals, switch, text, texts, to_toml, whole
 from .host import ROOT
 
 if sys.version_info >= (3, 11):
@@ -25,6 +25,17 @@ class TeacherSettings:
     """Which checkpoint teaches: an SD-2.x file; empty means the mini SD-2.1 that comes with the pack."""
 
     file: str = text()
+
+
+@dataclasses.dataclass(frozen=True)
+class PairSettings:
+    """The student of a steered teacher: files of the frequency controls, of which each step takes one, in turn.
+
+    With `branch` the control's own branch runs with the student's encoder layers as well.
+    """
+
+    controls: tuple[str, ...] = texts()
+    branch: bool = switch(True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +76,8 @@ class ImitationSettings:
 
     `output` pulls to the teacher's prediction, `blocks` to its block outputs, `attention` to its self-attention
     outputs, `noise` (at the stage's start and end) to what was really added; `maps` and `routing` belong to mode
-    `official`. With `balance` every term is first scaled to the size of the prediction's. `guidance` is the range of
+    `official`, `control` and `control_blocks` to pairs: the (add, mul) pairs that the control branch gives, and its
+    block outputs. With `balance` every term is first scaled to the size of the prediction's. `guidance` is the range of
     scales that the compared predictions are mixed with, empty for none.
     """
 
@@ -79,6 +91,8 @@ class ImitationSettings:
     noise: tuple[float, ...] = reals((0.0, 0.0), (2,), what="two weights, at the start and the end of the stage")
     maps: float = real(0.0)
     routing: float = real(0.0)
+    control: float = real(0.0)
+    control_blocks: float = real(0.0)
     balance: bool = switch(True)
     guidance: tuple[float, ...] = reals((), (0, 2), what="nothing, or the least and the greatest guidance scale")
 
@@ -129,10 +143,12 @@ def start_config() -> DHAConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """One run."""
+    """One run; `start` is a student file whose weights it begins with, empty for fresh ones."""
 
     preset: str = text()
+    start: str = text()
     teacher: TeacherSettings = dataclasses.field(default_factory=TeacherSettings)
+    pair: PairSettings = dataclasses.field(default_factory=PairSettings)
     data: DataSettings = dataclasses.field(default_factory=DataSettings)
     student: DHAConfig = dataclasses.field(default_factory=start_config)
     transfer: TransferSettings = dataclasses.field(default_factory=TransferSettings)

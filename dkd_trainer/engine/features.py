@@ -61,8 +61,8 @@ def keep_blocks(unet: nn.Module, features: Features | None) -> Iterator[None]:
 
 
 def list_blocks(unet: nn.Module) -> list[nn.Module]:
-    """Encoder, middle and decoder blocks in the order they run."""
-    return [*unet.input_blocks, unet.middle_block, *unet.output_blocks]
+    """Encoder, middle and decoder blocks in the order they run; a control branch has no decoder."""
+    return [*unet.input_blocks, unet.middle_block, *getattr(unet, "output_blocks", [])]
 
 
 @contextmanager

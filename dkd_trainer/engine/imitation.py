@@ -1,6 +1,6 @@
 """Stages 2 and 3, imitation: the student runs alone and is pulled to what the teacher does and to real pictures."""
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 import torch
 from torch import Tensor
@@ -28,21 +28,26 @@ def imitation_losses(
     terms: Collection[str] = ("output",),
     guided: bool = False,
     checkpointing: bool = False,
+    steer: Callable[[tuple[Tensor, ...], dict], tuple[dict, dict, dict[str, Tensor]]] | None = None,
 ) -> dict[str, Tensor]:
     """The loss terms named in `terms`, as in `settings.ImitationSettings`, with gradients to the student alone.
 
     With `guided` both models run with and without the prompt, and what guidance mixes is compared (arXiv 2210.03142).
+    `steer(inputs, student's options)` gives the options of the teacher, those of the student, and losses of its own.
     """
     inputs = double_batch(batch) if guided else (batch.noisy, batch.t, batch.context)
     shown, imitated = Features(), Features()
     wants_attention = bool({"attention", "maps", "routing"} & set(terms))
     blocks = (shown, imitated) if "blocks" in terms else (None, None)
+    led: dict = {}
+    losses: dict[str, Tensor] = {}
     options = student_options(student, batch.budget)
+    if steer is not None:
+        led, options, losses = steer(inputs, options)
     with torch.no_grad(), keep_blocks(teacher.unet, blocks[0]):
-        target = teacher.predict(*inputs, shown.add_to({}) if wants_attention else None)
+        target = teacher.predict(*inputs, shown.add_to(led) if wants_attention else led)
     with keep_blocks(teacher.unet, blocks[1]), recompute_layers(teacher.unet, checkpointing):
         prediction = teacher.predict(*inputs, imitated.add_to(options) if wants_attention else options)
-    losses = {}
     if "output" in terms:
         scales = batch.guidance if guided else None
         losses["output"] = relative_error(mix_guidance(prediction, scales), mix_guidance(target, scales))

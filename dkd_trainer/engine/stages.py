@@ -15,7 +15,7 @@ from .imitation import imitation_losses
 from .schedule import cosine_rate
 from .transfer import transfer_losses
 
-TERMS = ("output", "noise", "blocks", "attention", "maps", "routing")
+TERMS = ("output", "noise", "blocks", "attention", "maps", "routing", "control", "control_blocks")
 MEMORY = 0.98  # how slowly the measured size of a loss term follows its values
 
 
@@ -63,10 +63,15 @@ class Stage:
             terms = self.weights(self.first)
             return imitation_losses(teacher, student, batch, terms, bool(self.guidance), checkpointing)
         by_site = transfer_losses(teacher, student, batch.noisy, batch.t, batch.context, batch.budget, batch.seed)
-        groups: dict[str, list[Tensor]] = {}
-        for name, value in by_site.items():
-            groups.setdefault("routing" if name.endswith("/routing") else "attention", []).append(value)
-        return {term: sum(values) / len(values) for term, values in groups.items()}
+        return average_sites(by_site)
+
+
+def average_sites(by_site: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What `transfer_losses` found, as loss terms: the means over the sites."""
+    groups: dict[str, list[Tensor]] = {}
+    for name, value in by_site.items():
+        groups.setdefault("routing" if name.endswith("/routing") else "attention", []).append(value)
+    return {term: sum(values) / len(values) for term, values in groups.items()}
 
 
 def list_stages(settings: Settings) -> list[Stage]:
@@ -84,6 +89,11 @@ def list_stages(settings: Settings) -> list[Stage]:
             )
         if "maps" in terms and settings.student.mode != "official":
             raise SettingsError(f"setting '{stage.name}.maps' belongs to students of mode 'official'; set it to 0")
+        if {"control", "control_blocks"} & terms.keys() and not (settings.pair.controls and settings.pair.branch):
+            raise SettingsError(
+                f"settings '{stage.name}.control' and '.control_blocks' belong to students that control branches run "
+                "with; set them to 0, or give --control and pair.branch=true"
+            )
     return stages
 
 

@@ -1,10 +1,14 @@
 """Stage 1, attention transfer: every replaced layer learns its teacher's output from its teacher's input."""
 
+from collections.abc import Callable, Mapping
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dha.official import OfficialSite
 from dha.patch import plain_attention
+from dha.sites import Site
 from dha.student import Student
 
 from ..host import Teacher
@@ -20,14 +24,33 @@ def transfer_losses(
     context: Tensor,
     budget: float | None = None,
     seed: int = 0,
+    options: Mapping[str, Any] | None = None,
 ) -> dict[str, Tensor]:
     """Relative squared error of each site's output, as `site name`, and the router's loss, as `site name/routing`.
 
     The teacher's trunk runs without gradients; noisy (B, 4, h, w), t (B,), context (B, 77, C). `seed` picks the queries
-    that the router's loss looks at.
+    that the router's loss looks at. `options` are of the teacher's forward: a control's, for one that is steered.
+    """
+    losses: dict[str, Tensor] = {}
+    patches = watch_sites(student, teacher.attention, losses, budget, seed)
+    options = dict(options or {})
+    with torch.no_grad():
+        teacher.predict(noisy, t, context, {**options, "patches": {**options.get("patches", {}), **patches}})
+    return losses
+
+
+def watch_sites(
+    student: Student,
+    find_attention: Callable[[Site], nn.Module],
+    losses: dict[str, Tensor],
+    budget: float | None = None,
+    seed: int = 0,
+) -> dict[str, list[Callable]]:
+    """Patches for a forward of the teacher's layers that put `transfer_losses` into `losses`.
+
+    `find_attention(site)` is the self-attention whose output is learnt.
     """
     sites = {site.block: site for site in student.list_sites()}
-    losses: dict[str, Tensor] = {}
     generator = torch.Generator().manual_seed(seed)
 
     def keep_embedding(emb, _channels, options):
@@ -43,7 +66,7 @@ def transfer_losses(
         if site is None:
             return out
         x, emb = options["dkd_input"], options["dkd_embedding"]
-        module, attention = student.site(site), teacher.attention(site)
+        module, attention = student.site(site), find_attention(site)
         plan = student.plan(*options["activations_shape"][-2:], budget)
         if isinstance(module, OfficialSite):
             with torch.enable_grad():
@@ -57,10 +80,7 @@ def transfer_losses(
                     losses[f"{site.name}/routing"] = routing_loss(scores, attention, x, generator)
         return out
 
-    patches = {"emb_patch": [keep_embedding], "attn1_patch": [keep_input], "attn1_output_patch": [compare_output]}
-    with torch.no_grad():
-        teacher.predict(noisy, t, context, {"patches": patches})
-    return losses
+    return {"emb_patch": [keep_embedding], "attn1_patch": [keep_input], "attn1_output_patch": [compare_output]}
 
 
 def relative_error(output: Tensor, target: Tensor) -> Tensor:
