@@ -264,6 +264,8 @@ def describe() -> Iterator[tuple[str, str]]:
 
 def describe_comfyui() -> str:
     """Where this pack is installed, or what ComfyUI-Manager says."""
+    if ROOT.parent.name == "extensions" and (ROOT.parent.parent / "webui.py").is_file():
+        return f"not needed: this is an extension of the WebUI at {ROOT.parent.parent}"
     above = ROOT.parent.parent if ROOT.parent.name == "custom_nodes" else None
     folder = above or Path(os.environ.get("COMFYUI_PATH") or ROOT)
     if not (folder / "comfy").is_dir():

@@ -86,6 +86,15 @@ def test_the_comfyui_above_is_found(version, remark, tmp_path):
     assert "small.safetensors (1.5 MB)" in done.stdout
 
 
+def test_in_a_webui_no_comfyui_is_missed(tmp_path):
+    pack = tmp_path / "extensions" / "dha"
+    pack.mkdir(parents=True)
+    (tmp_path / "webui.py").touch()
+    (pack / "install.py").write_bytes((ROOT / "install.py").read_bytes())
+    done = run_guarded(pack / "install.py")
+    assert done.returncode == 0 and f"not needed: this is an extension of the WebUI at {tmp_path}\n" in done.stdout
+
+
 def test_a_finished_set_up_is_not_repeated_and_a_changed_step_is_with_all_after_it(install):
     log = []
     plan = [make_step(install, name, log) for name in "abc"]

@@ -1,4 +1,4 @@
-"""The layers hold: `nodes -> dha <- dkd_trainer`, the root's `__init__.py` -> `nodes`; lint and types are clean."""
+"""The layers hold: `nodes -> dha <- dkd_trainer`, `scripts -> dha`, root -> `nodes`; lint and types are clean."""
 
 import ast
 import re
@@ -41,6 +41,8 @@ def find_fault(layer: str, relative: bool, module: str) -> str | None:
         return "nodes imports itself and dha, both relatively"
     if layer == "dkd_trainer" and (module != "dkd_trainer" if relative else module in {"nodes", "workflows"}):
         return "dkd_trainer imports itself, and dha by name"
+    if layer == "scripts" and (relative or module in OURS - {"dha"}):
+        return "scripts imports dha, by name"
     if layer == "__init__.py" and (relative, module) != (True, "nodes"):
         return "the root imports nodes, relatively"
     if layer != "nodes" and not relative and module in NODE_API:
@@ -57,7 +59,7 @@ def find_faults(place: Path, source: str) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("layer", [*sorted(OURS), "__init__.py"])
+@pytest.mark.parametrize("layer", [*sorted(OURS), "scripts", "__init__.py"])
 def test_imports_follow_the_layers(layer):
     files = [ROOT / layer] if layer.endswith(".py") else find_sources(layer)
     assert files
@@ -82,6 +84,7 @@ def test_imports_follow_the_layers(layer):
         ("dkd_trainer/mini/data.py", "from ...dha import config"),
         ("dkd_trainer/host.py", "from comfy_api.latest import io"),
         ("workflows/server.py", "import comfy_api.latest"),
+        ("scripts/dynamic_hybrid_attention.py", "from nodes import apply"),
         ("__init__.py", "from .dha import config"),
         ("__init__.py", "from nodes import comfy_entrypoint"),
     ],
@@ -111,7 +114,7 @@ def test_a_right_import_passes(place, source):
 
 def test_no_file_is_named_for_leftovers():
     names = {"utils.py", "util.py", "common.py", "helpers.py", "misc.py"}
-    files = [file for folder in [*OURS, "tests"] for file in find_sources(folder)]
+    files = [file for folder in [*OURS, "scripts", "tests"] for file in find_sources(folder)]
     assert files and not [str(file) for file in files if file.name in names]
 
 
