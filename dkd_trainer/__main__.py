@@ -4,12 +4,10 @@
 """
 
 import argparse
-import contextlib
 import importlib
 import sys
 from pathlib import Path
 
-from .engine.journal import Journal
 from .engine.leash import follow_parent
 from .fields import SettingsError
 from .host import ensure_comfy
@@ -101,21 +99,23 @@ def train(settings: Settings, dry_run: bool) -> None:
     """Load teacher and data and train, or try it."""
     from .data.batches import open_pairs
     from .engine.loop import train_student
+    from .engine.occupancy import occupy
     from .engine.processes import Processes
     from .engine.rehearsal import rehearse
     from .host import Teacher
 
     processes = Processes(settings.train)
-    teacher = Teacher(settings.teacher_file, processes.device)
     if dry_run:
-        return rehearse(teacher, settings, processes)
-    corpora = [
-        open_pairs(source, teacher, settings, not processes.is_first) if source else None
-        for source in (settings.data.path, settings.data.held_out)
-    ]
-    if processes.is_first:
-        print(f"{corpora[0].describe()}; {teacher.architecture.label}, {teacher.prediction} prediction")
-    train_student(teacher, corpora[0], settings, processes, corpora[1])
+        return rehearse(Teacher(settings.teacher_file, processes.device), settings, processes)
+    with occupy(settings.work, processes):
+        teacher = Teacher(settings.teacher_file, processes.device)
+        corpora = [
+            open_pairs(source, teacher, settings, not processes.is_first) if source else None
+            for source in (settings.data.path, settings.data.held_out)
+        ]
+        if processes.is_first:
+            print(f"{corpora[0].describe()}; {teacher.architecture.label}, {teacher.prediction} prediction")
+        train_student(teacher, corpora[0], settings, processes, corpora[1])
     if processes.is_first:
         print(f"wrote {settings.out}")
 
@@ -136,11 +136,6 @@ def main() -> None:
     except TrainingStopped as stopped:
         print(stopped, file=sys.stderr)
         sys.exit(128 + stopped.signal_number)
-    except Exception as error:
-        if not args.dry_run and settings.work.is_dir():
-            with contextlib.suppress(OSError):  # a full disk may be the error
-                Journal(settings.work / "journal.jsonl").write("error", message=str(error))
-        raise
 
 
 if __name__ == "__main__":

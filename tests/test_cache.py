@@ -167,7 +167,7 @@ def test_a_shard_that_another_thread_is_at_is_waited_for(tmp_path):
 
 def test_a_killed_process_leaves_no_lock(tmp_path):
     code = (
-        "import sys, time; from pathlib import Path; from dkd_trainer.cache import hold\n"
+        "import sys, time; from pathlib import Path; from dkd_trainer.data.cache import hold\n"
         "with hold(Path(sys.argv[1])) as state:\n    print(state, flush=True); time.sleep(60)"
     )
     lock = tmp_path / "a.lock"

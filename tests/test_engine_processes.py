@@ -64,14 +64,18 @@ def read_steps(out):
 def interrupt(command, out, number, after):
     """Start a training, send it a signal once it has done `after` steps; returns what it printed, and its status."""
     process = launch(command)
-    deadline = time.monotonic() + 240
-    while after not in read_steps(out):
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline, "the training does not get on"
-        time.sleep(0.01)
+    wait_for_step(process, out, after)
     process.send_signal(number)
     output, _ = process.communicate(timeout=120)
     return output, process.returncode
+
+
+def wait_for_step(process, out, step):
+    deadline = time.monotonic() + 240
+    while step not in read_steps(out):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline, "the training does not get on"
+        time.sleep(0.01)
 
 
 def load_weights(out):
@@ -109,14 +113,46 @@ def test_a_training_that_is_asked_to_stop_saves_says_so_and_loses_nothing(comman
     assert all(torch.equal(tensor, load_weights(whole)[name]) for name, tensor in load_weights(out).items())
 
 
+def test_a_second_training_in_a_work_folder_names_the_first_and_leaves_it_alone(command, tmp_path):
+    out = tmp_path / "shared.safetensors"
+    folder = tmp_path / "shared.work"
+    first = launch(command(out, "--transfer-steps", "2000"))
+    try:
+        wait_for_step(first, out, 1)
+        second = launch(command(out, "--transfer-steps", "2000"))
+        output, _ = second.communicate(timeout=120)
+        assert second.returncode == 1 and "Traceback" not in output
+        assert f"is in use by process {first.pid} on {socket.gethostname()} since " in output
+        assert "another --work folder" in output and first.poll() is None
+    finally:
+        first.send_signal(signal.SIGTERM)
+        first.communicate(timeout=120)
+    assert first.returncode == 128 + signal.SIGTERM
+    assert '"error"' not in (folder / "journal.jsonl").read_text()
+    assert not [file.name for file in folder.glob("run.*")]
+
+
+def test_all_processes_of_a_run_are_refused_a_folder_that_is_in_use(command, tmp_path):
+    from dkd_trainer.engine.occupancy import take
+
+    folder = tmp_path / "shared.work"
+    with take(folder) as reason:
+        assert reason == ""
+        output, status = run_two(command, tmp_path / "shared.safetensors")
+    if status and "gloo" in output.lower():
+        pytest.skip(f"two processes cannot talk to each other here: {output.splitlines()[-1]}")
+    assert status and f"is in use by process {os.getpid()}" in output
+    assert not folder.exists() or not list(folder.iterdir())
+
+
 def find_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
 
 
-def test_two_processes_have_the_losses_of_one(command, whole, tmp_path):
-    out = tmp_path / "two.safetensors"
+def run_two(command, out):
+    """A training on two processes; returns what it printed, and its status."""
     settings = f"--nproc_per_node 2 --master_addr 127.0.0.1 --master_port {find_port()} -m dkd_trainer"
     start = (sys.executable, "-m", "torch.distributed.run", *settings.split())
     process = launch(command(out, "--set", "train.accumulation=1", start=start), start_new_session=True)
@@ -125,9 +161,15 @@ def test_two_processes_have_the_losses_of_one(command, whole, tmp_path):
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         raise
-    if process.returncode and "gloo" in output.lower():
+    return output, process.returncode
+
+
+def test_two_processes_have_the_losses_of_one(command, whole, tmp_path):
+    out = tmp_path / "two.safetensors"
+    output, status = run_two(command, out)
+    if status and "gloo" in output.lower():
         pytest.skip(f"two processes cannot talk to each other here: {output.splitlines()[-1]}")
-    assert process.returncode == 0, output
+    assert status == 0, output
     start_event = json.loads((tmp_path / "two.work" / "journal.jsonl").read_text().splitlines()[0])
     assert start_event["processes"] == 2
     one, two = read_steps(whole), read_steps(out)

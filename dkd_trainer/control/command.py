@@ -6,7 +6,6 @@ from pathlib import Path
 
 from dha.frequency import BANDS
 
-from ..engine.journal import Journal
 from ..fields import SettingsError
 from ..host import ensure_comfy
 from ..settings import parse_override
@@ -73,17 +72,19 @@ def check_name(path: Path) -> None:
 def train(settings: ControlSettings) -> None:
     """Load teacher and data and train."""
     from ..data.batches import open_pairs
+    from ..engine.occupancy import occupy
     from ..engine.processes import Processes
     from ..host import Teacher
     from .training import train_control
 
     processes = Processes(settings.train)
-    teacher = Teacher(settings.teacher_file, processes.device)
-    corpus, held_out = (
-        open_pairs(source, teacher, settings, not processes.is_first) if source else None
-        for source in (settings.data.path, settings.data.held_out)
-    )
-    train_control(teacher, corpus, settings, processes, held_out)
+    with occupy(settings.work, processes):
+        teacher = Teacher(settings.teacher_file, processes.device)
+        corpus, held_out = (
+            open_pairs(source, teacher, settings, not processes.is_first) if source else None
+            for source in (settings.data.path, settings.data.held_out)
+        )
+        train_control(teacher, corpus, settings, processes, held_out)
     if processes.is_first:
         print(f"wrote {settings.out} ({settings.out.stat().st_size:,} bytes)")
 
@@ -111,7 +112,3 @@ def main(arguments: list[str]) -> None:
     except TrainingStopped as stopped:
         print(stopped, file=sys.stderr)
         sys.exit(128 + stopped.signal_number)
-    except (OSError, ValueError, FloatingPointError) as error:
-        if settings.work.is_dir():
-            Journal(settings.work / "journal.jsonl").write("error", message=str(error))
-        raise

@@ -14,6 +14,8 @@ from dha.whole_file import write_whole
 
 from ..data.corpus import open_corpus
 from ..engine.loop import train_student
+from ..engine.occupancy import occupy
+from ..engine.processes import Processes
 from ..engine.state import TrainingStopped
 from ..host import Teacher, ensure_comfy
 from ..settings import Settings, assemble_settings, parse_override
@@ -107,7 +109,8 @@ def train_row(settings: Settings, teacher: Teacher, corpus) -> dict[str, float]:
     """Train a row's student, unless it is there already; what it cost."""
     record = settings.out.with_suffix(".json")
     if not record.is_file():  # it is written last
-        train_student(teacher, corpus, settings)
+        with occupy(settings.work, Processes(settings.train)):
+            train_student(teacher, corpus, settings)
     found = json.loads(record.read_text())
     return {"train_seconds": found["seconds"], "train_steps": float(found["steps"])}
 
