@@ -20,9 +20,9 @@ class DHAConfig:
 
     `levels` are UNet resolutions, 0 the finest. `token_budget` is the share of a level's tokens that become keys, at
     most `max_tokens` of them; `coarse_share` of the keys form the strided grid, the router picks the others. `memory`
-    learned tokens, low-rank `deltas` of `rank`, a router of `router_width`, a convolution of `local` channels beside
-    the attention and a `blend` of grid tokens with the means of their cells are the trained parts; 0 or false leaves
-    one out.
+    learned tokens, which with `gather` also hold summaries of the picture, low-rank `deltas` of `rank`, a router of
+    `router_width`, a convolution of `local` channels beside the attention and a `blend` of grid tokens with the means
+    of their cells are the trained parts; 0 or false leaves one out.
     `weighted` lets a grid token count for all the tokens it stands for. `sparsity` and `norm_groups`, those of the
     GroupNorm in front of each transformer, belong to mode `official`.
     """
@@ -39,6 +39,7 @@ class DHAConfig:
     router_width: int = 0
     local: int = 0
     blend: bool = False
+    gather: bool = False
     sparsity: float = 0.5
     norm_groups: int = NORM_GROUPS
 
@@ -71,7 +72,7 @@ class DHAConfig:
         require(
             self.mode == "official" or groups == NORM_GROUPS, "norm_groups", groups, f"{NORM_GROUPS} in mode 'hybrid'"
         )
-        for name in ("weighted", "blend"):
+        for name in ("weighted", "blend", "gather"):
             require(type(getattr(self, name)) is bool, name, getattr(self, name), "true or false")
         require(set(self.deltas) <= set(DELTAS), "deltas", self.deltas, f"a selection of {DELTAS}")
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from .config import DHAConfig
 from .local import LocalMix
+from .memory import GatheringMemory, Memory
 from .routing import ContextPlan, Router, cell_means, coarse_indices, rest_weights
 
 
@@ -28,21 +29,6 @@ class LowRank(nn.Module):
         low = self.down(x)
         wide = torch.addmm(x.flatten(0, -2).to(low.dtype), low.flatten(0, -2), self.up.weight.to(low).t())
         return wide.view(x.shape)
-
-
-class Memory(nn.Module):
-    """M learned tokens of a layer, in token space before to_k and to_v.
-
-    How much one counts lies in its key: a weight of its own was no better, and would need a bias in the attention call.
-    """
-
-    def __init__(self, channels: int, count: int):
-        super().__init__()
-        self.tokens = nn.Parameter(torch.empty(count, channels))
-
-    def start(self) -> None:
-        """Tokens of unit variance, as the norm in front of the layer makes them."""
-        nn.init.normal_(self.tokens)
 
 
 class Blend(nn.Module):
@@ -89,7 +75,8 @@ class HybridSite(nn.Module):
         super().__init__()
         self.weighted = config.weighted
         self.router = Router(embedding, channels, config.router_width, operations) if config.router_width else None
-        self.memory = Memory(channels, config.memory) if config.memory else None
+        kind = GatheringMemory if config.gather else Memory
+        self.memory = kind(channels, config.memory) if config.memory else None
         self.local = LocalMix(channels, embedding, config.local, operations) if config.local else None
         self.blend = Blend(channels) if config.blend else None
         names = config.deltas if config.rank else ()
@@ -127,7 +114,7 @@ class HybridSite(nn.Module):
         if self.blend is not None and plan.coarse:
             keys, values = self.blend(keys, cell_means(x, plan))
         if self.memory is not None:
-            memory = self.memory.tokens.to(x).expand(len(x), -1, -1)
+            memory = self.memory(x)
             same = values is keys
             keys = torch.cat([keys, memory], dim=1)
             values = keys if same else torch.cat([values, memory], dim=1)

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from .hybrid import HybridSite
+from .memory import SHARPNESS, GatheringMemory, Memory
 from .routing import ContextPlan
 
 
@@ -58,10 +59,22 @@ def list_keys(site: HybridSite, x: Tensor, emb: Tensor, plan: ContextPlan) -> tu
                 values.append(real + lean[1] * (mean - real))
                 weights.append(x.new_tensor(float(count)).log())
     if site.memory is not None:
-        keys += list(site.memory.tokens)
-        values += list(site.memory.tokens)
+        memory = list_memory(site.memory, x)
+        keys += memory
+        values += memory
         weights += [x.new_zeros(())] * len(site.memory.tokens)
     return torch.stack(keys), torch.stack(values), torch.stack(weights)
+
+
+def list_memory(memory: Memory, x: Tensor) -> list[Tensor]:
+    """Memory tokens (C,), each with its own weighted mean of x (N, C) where the memory gathers."""
+    tokens = []
+    for m, token in enumerate(memory.tokens):
+        if isinstance(memory, GatheringMemory):
+            mass = (SHARPNESS * (x @ memory.questions[m]) / x.shape[-1] ** 0.5).exp()
+            token = token + memory.gains[m] * (mass[:, None] * x).sum(0) / mass.sum()
+        tokens.append(token)
+    return tokens
 
 
 def mix_neighbours(site: HybridSite, x: Tensor, emb: Tensor, plan: ContextPlan) -> Tensor:

@@ -30,7 +30,7 @@ def attend_fast(site, layer, x, emb, plan):
     return site(SimpleNamespace(**dict(layer.items())), plain_attention, x, emb, plan, HEADS)
 
 
-FULL = {"memory": 5, "rank": 4, "router_width": 8, "local": 6, "blend": True, "weighted": True}
+FULL = {"memory": 5, "rank": 4, "router_width": 8, "local": 6, "blend": True, "gather": True, "weighted": True}
 SETTINGS = {
     "all parts": FULL,
     "unweighted": {**FULL, "weighted": False},
@@ -38,6 +38,7 @@ SETTINGS = {
     "grid alone, unweighted": {},
     "grid and router": {"router_width": 8, "weighted": True},
     "grid and memory": {"memory": 3, "weighted": True},
+    "grid and gathering memory": {"memory": 3, "gather": True},
 }
 
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -14,7 +14,19 @@ from dha.whole_file import write_whole
 
 from ..host import ROOT
 
-DHA = ("config", "hybrid", "local", "official", "patch", "routing", "sites", "student", "frequency", "fidelity")
+DHA = (
+    "config",
+    "hybrid",
+    "local",
+    "memory",
+    "official",
+    "patch",
+    "routing",
+    "sites",
+    "student",
+    "frequency",
+    "fidelity",
+)
 EVIDENCE = ("contexts", "evaluation", "held_out", "judges", "peers", "subject")
 METRICS = ("bands", "captions", "features", "phrases", "prompt_score", "published")
 # what decides a measurement; presenting it and training do not
@@ -26,10 +38,10 @@ SOURCES = (
 )
 
 
-def name_code() -> str:
-    """A short hash of the sources that decide a measurement, and of torch's version."""
+def name_code(more: Sequence[str] = ()) -> str:
+    """A short hash of the sources that decide a measurement, `more` of them perhaps, and of torch's version."""
     digest = hashlib.sha256(torch.__version__.encode())
-    for name in SOURCES:
+    for name in (*SOURCES, *more):
         digest.update((ROOT / name).read_bytes())
     return digest.hexdigest()[:16]
 

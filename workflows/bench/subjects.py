@@ -11,7 +11,7 @@ from torch import Tensor
 from .backends import BACKENDS
 from .model import draw_weights, import_from_pack
 
-TRAINED = {"memory": 16, "rank": 8, "router_width": 64, "local": 16, "blend": True}
+TRAINED = {"memory": 16, "rank": 8, "router_width": 64, "local": 16, "blend": True, "gather": True}
 # The most telling ones first: where time is short, the last ones are left out.
 TITLES = {
     "unpatched": "unpatched",
