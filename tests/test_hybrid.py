@@ -9,6 +9,7 @@ from torch import nn
 
 from dha.config import DHAConfig
 from dha.hybrid import HybridSite
+from dha.memory import GatheringMemory, Memory
 from dha.patch import plain_attention
 from dha.reference import attend_hybrid
 from dha.routing import ContextPlan, plan_context
@@ -87,6 +88,18 @@ def test_stride_one_grid_is_plain_attention():
         plain_attention(layer["to_q"](x), layer["to_k"](x), layer["to_v"](x), {"n_heads": HEADS}, None)
     )
     torch.testing.assert_close(fast, plain, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("kind,follows", [(Memory, False), (GatheringMemory, True)])
+def test_gathering_memory_follows_the_picture_in_any_order_of_its_tokens(kind, follows):
+    torch.manual_seed(0)
+    memory = kind(CHANNELS, 5)
+    memory.start()
+    x, other = torch.randn(2, 63, CHANNELS), torch.randn(2, 63, CHANNELS)
+    with torch.no_grad():
+        assert memory(x).shape == (2, 5, CHANNELS)
+        assert torch.equal(memory(x), memory(other)) != follows
+        torch.testing.assert_close(memory(x[:, torch.randperm(63)]), memory(x))
 
 
 def test_grid_keeps_its_weight_in_the_normaliser():
