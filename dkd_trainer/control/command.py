@@ -1,6 +1,7 @@
-"""`python -m dkd_trainer control`: train a frequency control, or convert a published one."""
+"""`python -m dkd_trainer control`: train a frequency control, convert a published one, or evaluate them."""
 
 import argparse
+import importlib
 import sys
 from pathlib import Path
 
@@ -49,6 +50,7 @@ def read_arguments(arguments: list[str]) -> argparse.Namespace:
     convert.add_argument("checkpoint", type=Path, help="a Lightning checkpoint; nothing in it is executed")
     convert.add_argument("--band", required=True, choices=list(BANDS), help="the band it was trained for")
     convert.add_argument("--out", type=Path, required=True, help="the control file to write")
+    commands.add_parser("evaluate", help="measure controls on held-out pictures, with teacher and students")
     return parser.parse_args(arguments)
 
 
@@ -100,6 +102,8 @@ def convert(args: argparse.Namespace) -> None:
 
 
 def main(arguments: list[str]) -> None:
+    if arguments[:1] == ["evaluate"]:
+        return importlib.import_module(".evaluate", __package__).main(arguments[1:])
     args = read_arguments(arguments)
     if args.command == "convert":
         return convert(args)

@@ -104,9 +104,8 @@ def draw_dashes(pen, x: float, colour: str) -> None:
 
 def draw_sheet(rows: Sequence[tuple[str, Tensor]], scale: int = 1) -> bytes:
     """A PNG with a named row of pictures (n, 3, H, W), uint8, per subject."""
-    side = rows[0][1].shape[-1]
     strips = [torch.cat(list(pictures), dim=2).permute(1, 2, 0).numpy() for _, pictures in rows]
-    name_width, height = 300, side * scale
+    name_width, height = 300, rows[0][1].shape[-2] * scale
     width = name_width + max(strip.shape[1] for strip in strips) * scale
     sheet = Image.new("RGB", (width, height * len(rows)), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(16)

@@ -32,11 +32,12 @@ against the teacher, prompt by prompt."""
 
 
 class Column(NamedTuple):
-    """A column of a table: figure `key` times `factor`, with its standard error where there is one."""
+    """A column of a table: figure `key`, with its standard error for changes, for KID and where `spread` says so."""
 
     title: str
     key: str
     digits: str = ".3g"
+    spread: bool = False
 
 
 ERROR = Column("error", "error mean", ".4f")
@@ -132,7 +133,8 @@ def write_figure(row: Row, column: Column) -> str:
     """A figure with its error, or a dash."""
     if column.key not in row:
         return "-"
-    error = row.get(f"{column.key}_error") if "change" in column.key or "kid" in column.key else None
+    spread = column.spread or "change" in column.key or "kid" in column.key
+    error = row.get(f"{column.key}_error") if spread else None
     behind = "" if error is None else f" ± {error:{column.digits.lstrip('+')}}"
     return f"{row[column.key]:{column.digits}}{behind}"
 
