@@ -170,12 +170,14 @@ def read_requirements(comfyui: Path) -> list[str]:
 
 def set_up(steps: Sequence[Step], lock: tuple[int, ...] = ()) -> None:
     """Run the steps that are not done yet. Raises SetupError; what was finished before stays finished."""
-    recorded, key = read_stamp(), ""
+    recorded, key, begun = read_stamp(), "", time.monotonic()
     done: dict[str, str] = {}
+    is_new = False
     for number, step in enumerate(steps, 1):
         # Chained: when a step changes, all that was built on it is done again.
         key = hashlib.sha256(f"{key}\n{step.name}\n{step.installs}".encode()).hexdigest()[:16]
         if recorded.get(step.name) != key or not step.product.exists():
+            is_new = True
             start, runner = time.monotonic(), Runner(f"[{number}/{len(steps)}] {step.name}", lock)
             runner.show("")
             if recorded:
@@ -185,6 +187,8 @@ def set_up(steps: Sequence[Step], lock: tuple[int, ...] = ()) -> None:
             write_stamp(done | {step.name: key})
             runner.show(f"done in {time.monotonic() - start:.0f} s", end="\n")
         done[step.name] = key
+    if is_new:
+        print(f"Set up in {time.monotonic() - begun:.0f} s", flush=True)
 
 
 def read_stamp() -> dict[str, str]:

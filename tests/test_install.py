@@ -95,11 +95,13 @@ def test_in_a_webui_no_comfyui_is_missed(tmp_path):
     assert done.returncode == 0 and f"not needed: this is an extension of the WebUI at {tmp_path}\n" in done.stdout
 
 
-def test_a_finished_set_up_is_not_repeated_and_a_changed_step_is_with_all_after_it(install):
+def test_a_finished_set_up_is_not_repeated_and_a_changed_step_is_with_all_after_it(install, capsys):
     log = []
     plan = [make_step(install, name, log) for name in "abc"]
     install.set_up(plan)
+    assert "Set up in 0 s" in capsys.readouterr().out
     install.set_up(plan)
+    assert capsys.readouterr().out == ""
     assert log == ["a", "b", "c"]
     install.set_up([plan[0], make_step(install, "b", log, installs="2"), plan[2]])
     assert log == ["a", "b", "c", "b", "c"]

@@ -1,9 +1,10 @@
-"""Write the shipped workflows anew, as the nodes are now, and with --thumbnails draw their pictures."""
+"""Write the shipped workflows anew, as the nodes are now; with --thumbnails run them, for pictures and run times."""
 
 import argparse
 import io
 import json
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,11 +15,14 @@ from dha.whole_file import write_whole
 from .examples import EXAMPLES as SMALL
 from .formats import to_api
 from .graphs import FOLDER
+from .machine import describe_machine
+from .run_times import write_times
 from .server import Server, find_comfyui, serve
 from .training_graphs import TRAINING
 
 EXAMPLES = {**SMALL, **TRAINING}
 SIDE = 384  # pixels of a thumbnail
+PATIENCE = 3600  # seconds for one workflow; one of them trains
 PAPER = (24, 24, 26)
 
 
@@ -27,16 +31,18 @@ def build_workflows(object_info: dict) -> dict[str, dict]:
     return {name: make().build(object_info) for name, make in EXAMPLES.items()}
 
 
-def draw_thumbnails(server: Server, workflows: dict[str, dict]) -> Iterator[tuple[str, bytes]]:
-    """Run every workflow; its name and its thumbnail as JPEG. Raises ServerError."""
+def draw_thumbnails(server: Server, workflows: dict[str, dict]) -> Iterator[tuple[str, bytes, float]]:
+    """Run every workflow; its name, its thumbnail as JPEG and the seconds it took. Raises ServerError."""
     object_info = server.get("/object_info")
     for name, ui in workflows.items():
-        outcome = server.run(to_api(ui, object_info))
+        begun = time.monotonic()
+        outcome = server.run(to_api(ui, object_info), timeout=PATIENCE)
+        seconds = time.monotonic() - begun
         shown = [server.fetch(outcome.outputs[node][key][0]) for node, key in EXAMPLES[name]().shown]
         pictures = [Image.open(io.BytesIO(file)).convert("RGB") for file in shown]
         buffer = io.BytesIO()
         frame(join(pictures)).save(buffer, "JPEG", quality=85)
-        yield name, buffer.getvalue()
+        yield name, buffer.getvalue(), seconds
 
 
 def join(pictures: list[Image.Image]) -> Image.Image:
@@ -63,7 +69,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--comfyui", help="folder of a ComfyUI (default: COMFYUI_PATH)")
     parser.add_argument("--out", type=Path, default=FOLDER, help="folder for the files (default: this package)")
-    parser.add_argument("--thumbnails", action="store_true", help="run all of them and write NAME.jpg as well")
+    parser.add_argument("--thumbnails", action="store_true", help="run all: NAME.jpg and results/run-times.*")
     arguments = parser.parse_args()
     print("Starting a ComfyUI ...", flush=True)
     with tempfile.TemporaryDirectory() as base, serve(find_comfyui(arguments.comfyui), Path(base)) as server:
@@ -72,9 +78,11 @@ def main() -> None:
             write_whole(arguments.out / f"{name}.json", (json.dumps(ui, indent=1) + "\n").encode())
             print(f"{name}.json: {len(ui['nodes'])} nodes", flush=True)
         if arguments.thumbnails:
-            for name, thumbnail in draw_thumbnails(server, workflows):
+            times, machine = {}, describe_machine(server, "workflows.shipping")
+            for name, thumbnail, times[name] in draw_thumbnails(server, workflows):
                 write_whole(arguments.out / f"{name}.jpg", thumbnail)
-                print(f"{name}.jpg: {len(thumbnail) / 1000:.0f} kB", flush=True)
+                print(f"{name}.jpg: {len(thumbnail) / 1000:.0f} kB after {times[name]:.1f} s", flush=True)
+            write_times(arguments.out / "results", times, machine)
 
 
 if __name__ == "__main__":

@@ -1,22 +1,18 @@
 """Start a real ComfyUI, run the compare graph, leave a report: `python -m workflows.demo --comfyui PATH`."""
 
 import argparse
-import os
-import platform
 import signal
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-from dkd_trainer.record import current_command, name_processor
-
 from ..graphs import CHECKPOINT, STUDENT
-from ..machine import read_commit
-from ..server import PACK, Server, ServerError, find_comfyui, serve
+from ..machine import describe_machine
+from ..server import PACK, ServerError, find_comfyui, serve
 from .measure import PROMPTS, compare_prompts, find_obstacle, time_fullsize
 from .report import check_out, write_report
-from .results import Machine, Results, show
+from .results import Results, show
 
 MODELS = {
     PACK / "workflows" / "models" / "checkpoints" / CHECKPOINT: "the mini SD-2.1",
@@ -46,29 +42,19 @@ def check_models() -> None:
             )
 
 
-def describe_machine(server: Server) -> Machine:
-    stats = server.get("/system_stats")
-    return Machine(
-        processor=name_processor(),
-        cores=os.cpu_count() or 0,
-        device=stats["devices"][0]["name"],
-        comfyui=stats["system"]["comfyui_version"],
-        torch=stats["system"]["pytorch_version"],
-        python=platform.python_version(),
-        commit=read_commit(),
-        command=current_command("workflows.demo"),
-    )
-
-
 def measure(arguments: argparse.Namespace, comfyui: Path, base: Path) -> Results:
     """Both measurements on one server; what goes wrong at full size is kept in the results."""
+    begun = time.monotonic()
     print("[1/4] Starting ComfyUI with this pack installed ...", flush=True)
     with serve(comfyui, base) as server:
-        results = Results(describe_machine(server), CHECKPOINT, STUDENT)
+        results = Results(describe_machine(server, "workflows.demo"), CHECKPOINT, STUDENT)
         print(f"      ComfyUI {results.machine.comfyui} is up at {server.url}, device {results.machine.device}")
         print(f"[2/4] {arguments.prompts} prompts through the mini SD-2.1 and its DHA student", flush=True)
         prompts = PROMPTS[: arguments.prompts]
-        results.comparisons = compare_prompts(server, CHECKPOINT, STUDENT, prompts, arguments.steps)
+        for comparison in compare_prompts(server, CHECKPOINT, STUDENT, prompts, arguments.steps):
+            results.comparisons.append(comparison)
+            if len(results.comparisons) == 1:
+                print(f"      The first pictures took {time.monotonic() - begun:.0f} s from the start", flush=True)
         print("[3/4] Speed of the full-size SD-2.1 architecture with random weights", flush=True)
         results.speed_problem = "Left out with --no-fullsize." if arguments.no_fullsize else find_obstacle(base)
         if not results.speed_problem:

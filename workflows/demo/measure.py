@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,16 +59,14 @@ class GraphBar:
 
 def compare_prompts(
     server: Server, checkpoint: str, student: str, prompts: Sequence[str], steps: int
-) -> list[Comparison]:
+) -> Iterator[Comparison]:
     """Run the compare graph for every prompt; raises ServerError."""
     info = server.get("/object_info")
-    comparisons = []
     for number, prompt in enumerate(prompts, start=1):
         graph = fill_defaults(compare(checkpoint, Picture(prompt, steps=steps, seed=number), student), info)
         outcome = GraphBar(graph, f"  {number}/{len(prompts)} {prompt[:48]:<48}").run(server, 300)
         pictures = [server.fetch(outcome.images(node)[0]) for node in ("10", "11", "13")]
-        comparisons.append(Comparison(prompt, json.loads(outcome.text("12")), *pictures))
-    return comparisons
+        yield Comparison(prompt, json.loads(outcome.text("12")), *pictures)
 
 
 def time_checkpoint(server: Server, checkpoint: str, size: int, repeats: int) -> dict[str, Any]:

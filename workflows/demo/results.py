@@ -4,6 +4,8 @@ from dataclasses import asdict, dataclass, field
 from statistics import mean
 from typing import Any
 
+from ..machine import Machine
+
 QUALITY_NOTE = (
     "Quality: the mini SD-2.1 of this repository, the same architecture a tenth as wide, trained on emoji art. It "
     "draws 128x128 pictures. These figures say how close its student stays to it; they say nothing about the "
@@ -29,20 +31,6 @@ class Comparison:
     original: bytes
     student: bytes
     comparison: bytes
-
-
-@dataclass(frozen=True)
-class Machine:
-    """Where and with what the figures were taken."""
-
-    processor: str
-    cores: int
-    device: str
-    comfyui: str
-    torch: str
-    python: str
-    commit: str
-    command: str
 
 
 @dataclass
