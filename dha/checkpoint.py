@@ -125,7 +125,8 @@ def check_architecture(name: str, student: Architecture, model: Architecture) ->
     if student != model:
         raise StudentFileError(
             f"{name} was trained for {student.label} (time embedding {student.embedding}), the connected model is "
-            f"{model.label} (time embedding {model.embedding}); load a student of this model's architecture"
+            f"{model.label} (time embedding {model.embedding}); load a student of this model's architecture, "
+            "or go without one (training-free)"
         )
 
 
