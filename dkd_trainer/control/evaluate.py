@@ -41,6 +41,7 @@ def read_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace
     add = parser.add_argument
     add("--controls", type=Path, nargs="+", required=True, help="control files, one of each band")
     add("--students", type=Path, nargs="*", default=[], help="DHA students, each at its own budget")
+    add("--accelerate", action="store_true", help="students run in the control branch as well, not in the UNet alone")
     add("--strengths", type=float, nargs="+", default=[0.5, 1.0], help="of the control, beside 0 (%(default)s)")
     add("--changed", nargs="*", default=[], metavar="BAND=FILE", help="changed prompts, one a line (made for emoji)")
     add("--more-sizes", nargs="*", default=[], metavar="WIDTHxHEIGHT", help="other sizes, at the last strength")
@@ -79,6 +80,7 @@ class ControlComparison:
         self.changes, self.sizes = read_changes(args.changed), [read_size(text) for text in args.more_sizes]
         self.teacher, self.net = Teacher(args.teacher, torch.device(args.device)), load_feature_net()
         self.branches = read_branches(args.controls, self.teacher)
+        self.files = dict(zip(self.branches, args.controls, strict=True))
         self.students = read_students(args.students, self.teacher)
         self.judges, self.missing = self.list_judges()
         cache = args.out / "cache"
@@ -116,15 +118,15 @@ class ControlComparison:
         """The teacher and the students, unsteered."""
         yield Variant("teacher")
         for file, student in self.students.items():
-            yield Variant(file.stem, student, identity=name_file(file))
+            yield Variant(file.stem, student, identity=name_file(file), inside=self.args.accelerate)
 
     def list_variants(self, branch: FrozenBranch, strengths: list[float]) -> Iterator[tuple[Variant, str]]:
         """Each model unsteered and at all strengths, and the name of the teacher's variant that it is compared with."""
-        file = next(file for file in self.args.controls if file.name == branch.name)
+        control = name_file(self.files[branch.band])
         for model in self.list_models():
             yield replace(model, name=f"{model.name}, no control"), "teacher, no control"
             for strength in strengths:
-                name, identity = f"strength {strength:g}", f"{model.identity} {name_file(file)}"
+                name, identity = f"strength {strength:g}", f"{model.identity} {control}"
                 steered = replace(
                     model, name=f"{model.name}, {name}", branch=branch, strength=strength, identity=identity
                 )
@@ -207,6 +209,7 @@ def evaluate(args: argparse.Namespace) -> list[Path]:
         "held_out_pairs": f"{args.skip} to {args.skip + args.count - 1}",
         "controls": {file.name: name_file(file) for file in args.controls},
         "students": {file.name: name_file(file) for file in args.students},
+        "accelerate": args.accelerate,
         "strength_0_is_uncontrolled": comparison.check_zero(),
     }
     drawn, record = comparison.draw_all(), describe_run(comparison.teacher.device)

@@ -28,6 +28,7 @@ TASKS = {
     "mid": "scene translation",
     "high": "style translation",
 }
+BRANCH = {True: "Students run in the control branch as well.", False: "The control branch runs without DHA."}
 DEFINITIONS = """\
 Every picture is steered by the latents of a real one that training never saw. Fidelity, by band: cosine between the DCT
 coefficients of the drawn latents and of the source's (mini: each diagonal sorted); 1 is the source's band. Structure:
@@ -132,7 +133,7 @@ def to_markdown(findings: Findings, sheets: dict[str, tuple[str, bytes]]) -> str
     setting = (
         f"{s['teacher']} ({s['architecture']}), held-out pairs {s['held_out_pairs']}, {s['sampler']}, {s['steps']} "
         f"steps, cfg {s['cfg']:g}, fp32, on {r['hardware']}; torch {r['torch']}, ComfyUI {r['comfyui']}, "
-        f"commit {r['commit']}. Strength 0 is the uncontrolled model to the bit: {zero}."
+        f"commit {r['commit']}. {BRANCH[s['accelerate']]} Strength 0 is the uncontrolled model to the bit: {zero}."
     )
     lines = ["# Frequency control", "", setting, "", f"`{r['command']}`", "", DEFINITIONS]
     for title, head, cells in list_tables(findings):

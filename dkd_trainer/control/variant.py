@@ -34,7 +34,7 @@ class Variant:
     branch: FrozenBranch | None = None
     strength: float = 0.0
     identity: str = ""
-    inside: bool = True
+    inside: bool = False
 
     @property
     def key(self) -> dict[str, object]:
