@@ -54,6 +54,8 @@ def add_shorthands(group: argparse._ArgumentGroup) -> None:
         group.add_argument(option, dest=name, help=f"{text} [{name}]", **kind)
 
     add("--teacher", "teacher.file", "an SD-2.x checkpoint (default: the mini SD-2.1)")
+    add("--control", "pair.controls", "control files: the student of a teacher that they steer", nargs="+")
+    add("--start", "start", "a student file to begin with instead of fresh weights")
     add("--data", "data.path", "folder with image/ and prompt/, or pictures beside .txt files")
     add("--held-out", "data.held_out", "pairs for validation alone (default: some of the data are set aside)")
     add("--size", "data.size", "side of the training pictures in pixels (mini teacher: 128)", type=int)
@@ -97,16 +99,18 @@ def read_settings(args: argparse.Namespace) -> Settings:
 
 def train(settings: Settings, dry_run: bool) -> None:
     """Load teacher and data and train, or try it."""
+    from .control.pair import PairTraining
     from .data.batches import open_pairs
-    from .engine.loop import train_student
+    from .engine.loop import Training
     from .engine.occupancy import occupy
     from .engine.processes import Processes
     from .engine.rehearsal import rehearse
     from .host import Teacher
 
     processes = Processes(settings.train)
+    kind = PairTraining if settings.pair.controls else Training
     if dry_run:
-        return rehearse(Teacher(settings.teacher_file, processes.device), settings, processes)
+        return rehearse(Teacher(settings.teacher_file, processes.device), settings, processes, kind)
     with occupy(settings.work, processes):
         teacher = Teacher(settings.teacher_file, processes.device)
         corpora = [
@@ -115,7 +119,7 @@ def train(settings: Settings, dry_run: bool) -> None:
         ]
         if processes.is_first:
             print(f"{corpora[0].describe()}; {teacher.architecture.label}, {teacher.prediction} prediction")
-        train_student(teacher, corpora[0], settings, processes, corpora[1])
+        kind(teacher, corpora[0], settings, processes, corpora[1]).run()
     if processes.is_first:
         print(f"wrote {settings.out}")
 

@@ -65,12 +65,7 @@ class ControlTraining(Training):
     def build_student(self) -> TrainedBranch:
         return TrainedBranch(self.teacher, ControlConfig(self.settings.control.band, self.settings.control.rank))
 
-    def prepare_examination(self, held_out: Corpus | None, aside: list[int]) -> Examination | None:
-        found = super().prepare_examination(held_out, aside)
-        if found is None:
-            return None
-        picks = aside if held_out is None else max(held_out.buckets.values(), key=len)[: self.settings.watch.pairs]
-        corpus = self.corpus if held_out is None else held_out
+    def make_examination(self, corpus: Corpus, picks: list[int]) -> Examination:
         return ControlExamination(self.teacher, corpus, picks, self.settings.watch)
 
     def write_results(self) -> None:

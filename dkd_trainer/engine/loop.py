@@ -19,11 +19,12 @@ from dha.whole_file import write_whole
 
 from ..data.batches import Batch, Corpus, Sampler
 from ..fields import SettingsError
-from ..host import Teacher
+from ..host import Teacher, hash_weights
 from ..record import current_command, current_commit, list_versions
 from ..settings import Settings
 from .journal import Board, Journal
 from .official import start_student
+from .origin import read_start
 from .processes import Processes
 from .sheets import Examination, save_picture, set_aside
 from .stages import Balance, Stage, find_stage, list_stages
@@ -48,6 +49,8 @@ def train_student(
 
 class Training:
     """A student with its average and optimizer, and the step that changes them."""
+
+    origin = ""  # a hash of the weights that the student started with, where they are a file's
 
     def __init__(
         self,
@@ -84,6 +87,10 @@ class Training:
 
     def build_student(self) -> nn.Module:
         """What is trained, at its start; the seed is set."""
+        if self.settings.start:
+            student = read_start(Path(self.settings.start), self.settings.student, self.teacher)
+            self.origin = hash_weights(student.named_weights())
+            return student
         student = Student(self.settings.student, self.teacher.architecture, head_width=self.teacher.head_width)
         return start_student(student, self.teacher)
 
@@ -91,7 +98,10 @@ class Training:
         """The pairs that the student is looked at with, or None where there are too few."""
         watch, corpus = self.settings.watch, self.corpus if held_out is None else held_out
         picks = aside if held_out is None else max(held_out.buckets.values(), key=len)[: watch.pairs]
-        return Examination(self.teacher, corpus, picks, watch) if picks and self.processes.is_first else None
+        return self.make_examination(corpus, picks) if picks and self.processes.is_first else None
+
+    def make_examination(self, corpus: Corpus, picks: list[int]) -> Examination:
+        return Examination(self.teacher, corpus, picks, self.settings.watch)
 
     def restore(self) -> int:
         """Take over the last state, if there is one; returns the steps done."""
@@ -117,7 +127,8 @@ class Training:
 
     def describe(self) -> dict[str, Any]:
         """What a state must agree with; plain values as JSON has them."""
-        return json.loads(json.dumps({**self.settings.describe_run(), "teacher": self.teacher.fingerprint}))
+        begun = {"start": self.origin} if self.origin else {}
+        return json.loads(json.dumps({**self.settings.describe_run(), **begun, "teacher": self.teacher.fingerprint}))
 
     def read_step(self, step: int) -> list[Batch]:
         """This process's parts of a step's batch."""

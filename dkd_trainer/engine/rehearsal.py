@@ -5,6 +5,7 @@ import importlib
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -20,14 +21,16 @@ TRIES = 2  # steps per stage; the first one warms up
 LIMIT = 32  # pairs that are encoded
 
 
-def rehearse(teacher: Teacher, settings: Settings, processes: Processes) -> None:
+def rehearse(
+    teacher: Teacher, settings: Settings, processes: Processes, kind: Callable[..., Training] = Training
+) -> None:
     """Try `settings` in a folder that is deleted afterwards, and print shapes, sizes, speed and time to finish."""
     with tempfile.TemporaryDirectory() as folder:
         output = dataclasses.replace(settings.output, work=folder, file=str(Path(folder) / settings.out.name))
         data = dataclasses.replace(settings.data, cache="")
         trial = dataclasses.replace(settings, output=output, data=data)
         corpus = open_pairs(settings.data.path, teacher, trial, not processes.is_first, LIMIT)
-        training = Training(teacher, corpus, trial, processes)
+        training = kind(teacher, corpus, trial, processes)
         lines = describe_training(training)
         forward, left = time_teacher(training), 0.0
         lines.append(f"teacher alone: {settings.train.batch / forward:.2f} images/s")

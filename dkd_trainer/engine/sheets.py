@@ -35,27 +35,33 @@ class Examination:
         self.latents, self.context = corpus.read(picks)
         self.empty = corpus.empty.float()
         self.noise = torch.randn(self.latents.shape, generator=torch.Generator().manual_seed(11))
-        self.drawn: Tensor | None = None
+        self.drawn: list[Tensor] = []
+
+    def list_views(self, student: Student, count: int) -> list[tuple[dict, dict]]:
+        """`transformer_options` of teacher and student for the first `count` pairs, by ways to compare them."""
+        return [({}, student_options(student))]
 
     @torch.no_grad()
     def measure_errors(self, student: Student) -> dict[str, float]:
         """Relative error |e_s - e_t| / |e_t| of the prediction, per band of timesteps and as their `mean`."""
-        generator, options = torch.Generator().manual_seed(5), student_options(student)
+        generator, views = torch.Generator().manual_seed(5), self.list_views(student, len(self.latents))
         errors = {}
         for low, high in TIME_BANDS:
             t = torch.randint(low, high, (len(self.latents),), generator=generator)
             noisy = add_noise(self.latents, self.noise, t)
             moved = [tensor.to(self.teacher.device) for tensor in (noisy, t, self.context)]
-            expected, found = self.teacher.predict(*moved), self.teacher.predict(*moved, options)
-            errors[f"{low}-{high}"] = ((found - expected).norm() / expected.norm()).item()
+            found = [[self.teacher.predict(*moved, options) for options in view] for view in views]
+            errors[f"{low}-{high}"] = sum(((s - t).norm() / t.norm()).item() for t, s in found) / len(views)
         return {**errors, "mean": sum(errors.values()) / len(TIME_BANDS)}
 
     def draw_sheet(self, student: Student) -> Tensor:
         """Rows of teacher, student and four times their difference, same prompts and noise, as a picture (3, H, W)."""
-        if self.drawn is None:
-            self.drawn = self.draw({})
-        pictures = self.draw(student_options(student))
-        rows = [self.drawn, pictures, ((pictures - self.drawn).abs() * GAIN).clamp(max=1)]
+        views = self.list_views(student, self.watch.pictures)
+        self.drawn = self.drawn or [self.draw(teacher) for teacher, _ in views]
+        rows = []
+        for drawn, (_, options) in zip(self.drawn, views, strict=True):
+            pictures = self.draw(options)
+            rows += [drawn, pictures, ((pictures - drawn).abs() * GAIN).clamp(max=1)]
         return torch.cat([torch.cat(list(row), dim=2) for row in rows], dim=1)
 
     @torch.no_grad()
