@@ -18,6 +18,7 @@ from .load import DHA_STUDENT, LoadedStudent
 from .measured import describe_presets, find_payoff, read_measured
 
 KEY = "dha"  # under which our mark, our wrapper and our weights are kept in a model patcher
+PATCHES = "dha_patches"  # key in transformer_options of a student's `Patches`, for a control's branch to run with too
 WINDOW = "dha_window"  # key in transformer_options under which a forward learns whether its step is ours
 CUSTOM = "custom"
 LEVELS = {"auto": None, "finest": (0,), "two finest": (0, 1), "three finest": (0, 1, 2), "all": (0, 1, 2, 3)}
@@ -126,8 +127,11 @@ def apply_student(model, loaded: LoadedStudent | None, levels, spending: Preset,
     settings = (spending.token_budget, levels, active, frozenset(taken), spending.max_tokens, pays)
     patches = make_patches(student, attend, *settings)
     install(patched, patches)
-    set_attributes(patched, student.list_attributes(patches.blocks), active is not None)
+    attributes = student.list_attributes(patches.blocks)
+    set_attributes(patched, attributes, active is not None)
     patched.model_options["transformer_options"][KEY] = student.config.to_json()
+    if not attributes:  # what needs other norms than the model has cannot run in a branch that has the model's
+        patched.model_options["transformer_options"][PATCHES] = patches
     if loaded is not None:
         patched.set_additional_models(KEY, [loaded.patcher])
     return patched

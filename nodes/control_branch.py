@@ -16,10 +16,12 @@ from ..dha.control import LATENT_CHANNELS, FCNet, Pair
 from ..dha.control_file import ControlFile, check_control
 from ..dha.control_weights import merge_weights
 from ..dha.frequency import filter_band
+from ..dha.patch import WATCH
 from ..dha.sites import read_architecture
+from .apply import PATCHES
 
 ENTRY = "input_blocks.0.0.weight"
-FOREIGN = ("patches", "patches_replace")  # what other nodes changed is meant for the UNet, not for the branch
+FOREIGN = ("patches", "patches_replace", WATCH)  # what other nodes changed is meant for the UNet, not for the branch
 
 
 @dataclass
@@ -94,14 +96,19 @@ class Hint:
         self.embedded.clear()
 
 
-def make_steering(branch: FCNet, hint: Hint, strength: float, is_active):
-    """What a control says about a forward of the UNet, as `dha.control.make_wrapper` wants it."""
+def make_steering(branch: FCNet, hint: Hint, strength: float, is_active, accelerate: bool = False):
+    """What a control says about a forward of the UNet, as `dha.control.make_wrapper` wants it.
+
+    With `accelerate` the branch's layers, which are near the UNet's own, run with what Apply DHA gave the UNet's.
+    """
 
     def steer(x, timesteps, context, options) -> list[Pair] | None:
         if is_active is not None and not is_active(options):
             return None
         halves = len(options.get("cond_or_uncond", ())) or 1
         own = {name: value for name, value in options.items() if name not in FOREIGN}
+        if accelerate and PATCHES in options:
+            own |= options[PATCHES].as_options()
         latents = x[:, :LATENT_CHANNELS]
         embedded = hint.embed(branch, latents, len(x) // halves).repeat(halves)
         return [pair.scale(strength) for pair in branch(latents, embedded, timesteps, context, own)]
