@@ -13,6 +13,7 @@ from .load import LoadDHAStudent
 from .routing_map import RoutingMap
 from .save_report import SaveReport
 from .train import DKDTrain
+from .training_record import TrainingRecord
 
 WEB_DIRECTORY = "./web"  # what the browser gets, seen from the root
 
@@ -21,7 +22,7 @@ class DHAExtension(ComfyExtension):
     async def get_node_list(self):
         control = [FrequencyFilter, LoadFrequencyControl, ApplyFrequencyControl]
         compare = [CompareModels, ComparePictures, Benchmark, RoutingMap, SaveReport]
-        return [LoadDHAStudent, ApplyDHA, DKDTrain, *compare, *control]
+        return [LoadDHAStudent, ApplyDHA, DKDTrain, TrainingRecord, *compare, *control]
 
 
 async def comfy_entrypoint() -> DHAExtension:

@@ -1,23 +1,22 @@
 """DKD Train: distils a student of the connected checkpoint in a process of its own, and hands it to Apply DHA."""
 
-import json
 import re
 import time
 from typing import Any
 
 import comfy.model_management
 import comfy.utils
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from .export_teacher import check_teacher, collect_weights, hash_weights, write_checkpoint
 from .load import DHA_STUDENT, load_into_host
-from .pixels import to_images
-from .tables import MISSING, Table, show_number, show_report, show_text
+from .tables import show_text
 from .train_curve import draw_curve, join, open_sheet
 from .train_data import Data, find_data
-from .train_journal import Progress, read_failure, read_progress, show_duration
+from .train_journal import Progress, read_failure, read_progress
 from .train_process import TrainerError, TrainerProcess, check_needs, read_tail
 from .train_run import Choice, Run, check_place, install_student, list_presets, plan_run, write_settings
+from .training_record import Training, show_training
 
 PRESET = "preset"
 LEVELS = {PRESET: None, "finest": (0,), "two finest": (0, 1), "three finest": (0, 1, 2), "all": (0, 1, 2, 3)}
@@ -33,7 +32,7 @@ class DKDTrain(io.ComfyNode):
         return io.Schema(
             node_id="DKDTrain",
             display_name="DKD Train",
-            category="DHA",
+            category="DHA/train",
             description="Trains a DHA student of the connected Stable Diffusion 2.x checkpoint, LoRAs included, in a "
             "process of its own. Cancel saves; queue again to go on. What is trained already is not trained again.",
             is_output_node=True,
@@ -263,21 +262,9 @@ class Screen:
 
 def show_results(cls, run: Run, trained: bool) -> tuple:
     """Curve, samples and report of a finished run, as outputs; the report comes with what the browser gets."""
-    progress = read_progress(run.journal) or Progress()
-    curve, sheet = (to_images([picture]) for picture in (draw_curve(progress, run.name), open_sheet(progress)))
-    report = {"student": run.student.name, "trained_now": trained, **read_record(run)}
-    text, shown = show_report(report, summarise(report), tabulate(report))
-    show_text(cls.hidden.unique_id, summarise(report))
-    previews = [ui.PreviewImage(picture, cls=cls).as_dict() for picture in (curve, sheet)]
-    images = [image for preview in previews for image in preview["images"]]
-    return (curve, sheet, text), {**previews[0], **shown, "images": images}
-
-
-def read_record(run: Run) -> dict[str, Any]:
-    """What the trainer wrote about the student, without the command, which names folders of the server."""
-    record = json.loads(run.record.read_text(encoding="utf-8")) if run.record.is_file() else {}
-    record.pop("command", None)
-    return record
+    training = Training(f"{run.name}/{run.folder.name}", run.journal, run.record)
+    report = {"student": run.student.name, "trained_now": trained, **training.read_record()}
+    return show_training(cls, training, report, summarise(report))
 
 
 def summarise(report: dict[str, Any]) -> str:
@@ -286,16 +273,3 @@ def summarise(report: dict[str, Any]) -> str:
     if not report["trained_now"]:
         return f"Nothing has changed since it was trained: {place}"
     return f"Trained {report.get('steps', 0)} steps: {place}"
-
-
-def tabulate(report: dict[str, Any]) -> Table:
-    """Rows for the browser."""
-    return [
-        ["", "student"],
-        ["steps", str(report.get("steps", MISSING))],
-        ["pictures or prompts", str(report.get("pairs", MISSING))],
-        ["trained parameters", str(report.get("parameters", MISSING))],
-        ["time of the steps", show_duration(report.get("seconds") or 0)],
-        ["images/s", show_number(report.get("images_per_second"), 1)],
-        ["held-out error", show_number((report.get("validation") or {}).get("mean"), 4)],
-    ]

@@ -117,6 +117,12 @@ def test_a_graph_trains_a_student_from_prompts_and_draws_with_it(server):
     assert "Nothing has changed" in outcome.outputs["5"]["summary"][0]
     assert written == (installed.stat().st_mtime_ns, (folder / "fresh.safetensors").stat().st_mtime_ns)
 
+    shown = server.run({"1": node("DKDTrainingRecord", training=f"fresh/{folder.name}")})
+    record = json.loads(shown.text("1"))
+    assert record["state"] == "finished" and record["pairs"] == report["pairs"]
+    drawn, before = ([server.fetch(image) for image in images] for images in (shown.images("1"), outcome.images("5")))
+    assert drawn == before
+
 
 def test_no_input_changes_by_itself_between_two_runs(server):
     """The browser gives a widget called `seed` or `noise_seed` a new value after each run: nothing would go on."""

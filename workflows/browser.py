@@ -16,6 +16,7 @@ NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"
 FLAGS = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-dev-shm-usage")
 FLAGS += ("--disable-background-networking", "--disable-component-update", "--disable-sync")
 SIZE = {"width": 1600, "height": 1000}
+PATIENCE = 120  # seconds for what a page does at once where nothing else keeps the machine busy
 # What a user who knows ComfyUI has set or dismissed long ago; text is drawn at every zoom, for the screenshots.
 SETTINGS = {
     "Comfy.TutorialCompleted": True,
@@ -75,7 +76,7 @@ class Frontend:
             self.server.post(f"/settings/{key}", value)
         self.page.add_init_script(BANNER)
         self.page.goto(self.server.url, wait_until="domcontentloaded")
-        self.page.wait_for_function("() => window.app?.graph && window.app.extensionManager", timeout=120_000)
+        self.page.wait_for_function("() => window.app?.graph && window.app.extensionManager")
         self.page.wait_for_selector("canvas#graph-canvas")
         self.page.wait_for_timeout(1000)
         self.page.evaluate(EVENTS)
@@ -112,12 +113,12 @@ class Frontend:
         self.page.evaluate("() => { window.seen.length = 0 }")
         self.page.get_by_test_id("queue-button").get_by_role("button").first.click()
 
-    def wait(self, kind: str, seconds: float = 60) -> None:
+    def wait(self, kind: str, seconds: float = PATIENCE) -> None:
         """Until an event of this kind has been seen since `queue`; raises playwright's TimeoutError."""
         script = "kind => window.seen.some(entry => entry[0] === kind)"
         self.page.wait_for_function(script, arg=kind, timeout=seconds * 1000)
 
-    def finish(self, seconds: float = 300) -> str:
+    def finish(self, seconds: float = 1200) -> str:
         """Wait for the end of what was queued; the kind of its last event, `execution_success` where all is well."""
         script = "ends => window.seen.some(entry => ends.includes(entry[0]))"
         self.page.wait_for_function(script, arg=list(ENDS), timeout=seconds * 1000)
@@ -187,6 +188,7 @@ def browse(server: Server, executable: str) -> Iterator[Frontend]:
     with sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=executable, args=list(FLAGS))
         frontend = Frontend(browser.new_page(viewport=SIZE), server)
+        frontend.page.set_default_timeout(PATIENCE * 1000)
         frontend.watch()
         frontend.open()
         try:
