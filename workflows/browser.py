@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from playwright.sync_api import ConsoleMessage, Page, Route, sync_playwright
+from playwright.sync_api import ConsoleMessage, FloatRect, Page, Route, sync_playwright
 
 from .server import Graph, Server
 
@@ -161,11 +161,11 @@ class Frontend:
         self.command("Comfy.BrowseTemplates")
         self.page.get_by_test_id("template-workflows-content").wait_for()
 
-    def shoot(self, path: Path) -> None:
-        """Write a screenshot as JPEG, once the results have been drawn."""
+    def shoot(self, path: Path, box: FloatRect | None = None) -> None:
+        """Write a screenshot as JPEG, of the page or a part of it, once the results have been drawn."""
         self.page.wait_for_timeout(2000)
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.page.screenshot(path=path, type="jpeg", quality=80)
+        self.page.screenshot(path=path, type="jpeg", quality=80, clip=box)
 
     def _note(self, message: ConsoleMessage) -> None:
         text = f"{message.text} ({message.location.get('url', '')})"
