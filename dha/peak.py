@@ -4,6 +4,7 @@ import contextlib
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -54,7 +55,8 @@ class Peak:
 @contextlib.contextmanager
 def watch_peak(device: torch.device) -> Iterator[Peak]:
     """Measure the peak of what runs inside: the allocator's where the device keeps it, else that of live tensors."""
-    peak, backend = Peak(), getattr(torch, device.type, None)
+    peak = Peak()
+    backend: Any = getattr(torch, device.type, None)
     if hasattr(backend, "reset_peak_memory_stats"):
         before = backend.memory_allocated(device)
         backend.reset_peak_memory_stats(device)
