@@ -38,6 +38,24 @@ SDXL = {
     "context_dim": 128,
     "adm_in_channels": 64,
 }
+FLUX = {
+    "image_model": "flux",
+    "in_channels": 16,
+    "out_channels": 16,
+    "vec_in_dim": 16,
+    "context_in_dim": 16,
+    "hidden_size": 32,
+    "mlp_ratio": 1.0,
+    "num_heads": 2,
+    "depth": 1,
+    "depth_single_blocks": 1,
+    "axes_dim": [4, 6, 6],
+    "theta": 10000,
+    "patch_size": 2,
+    "qkv_bias": True,
+    "guidance_embed": False,
+    "dtype": torch.float32,
+}
 
 
 def build_model(name: str, config: dict):
@@ -45,7 +63,8 @@ def build_model(name: str, config: dict):
     import comfy.supported_models
     from comfy.model_patcher import ModelPatcher
 
-    detected = getattr(comfy.supported_models, name)({**NARROW, **config})
+    unet = {} if "image_model" in config else NARROW
+    detected = getattr(comfy.supported_models, name)({**unet, **config})
     detected.set_inference_dtype(torch.float32, None)
     device = torch.device("cpu")
     return ModelPatcher(detected.get_model({}, "", device), device, device)
@@ -56,8 +75,9 @@ def build_model(name: str, config: dict):
     [
         ("SD15", SD15, "Stable Diffusion 1.x UNet.*DHA serves .*2.x"),
         ("SDXL", SDXL, "SDXL UNet.*connect a Stable Diffusion 2"),
+        ("Flux", FLUX, "Flux, SD3 and other transformers.*connect a Stable Diffusion 2"),
     ],
-    ids=["SD15", "SDXL"],
+    ids=["SD15", "SDXL", "Flux"],
 )
 @pytest.mark.parametrize("trained", [False, True], ids=["training-free", "student"])
 def test_other_architectures(studio, student, name, config, words, trained):
