@@ -28,9 +28,10 @@ def make_train() -> Example:
     """Train on drawn pictures, then draw with the student."""
     note = f"""## Train a student, then draw with it
 *DKD Train* trains a student of the connected checkpoint in a process of its own and hands it to *Apply DHA*; its file
-stays in `models/dha`. Cancel saves, *Run* again goes on, and what is trained already is not trained again. Here the
-mini SD-2.1 that comes with this pack draws {len(list_prompts())} pictures and learns from them for {STEPS} steps:
-enough to see how it goes, minutes on a processor. It needs `pip install accelerate` in ComfyUI's Python.
+stays in `models/dha`. Cancel saves, *Run* again goes on, and what is trained already is not trained again.
+*DKD Training Record* shows its losses and samples later. Here the mini SD-2.1 that comes with this pack draws
+{len(list_prompts())} pictures and learns from them for {STEPS} steps: enough to see how it goes, minutes on a
+processor. It needs `pip install accelerate` in ComfyUI's Python.
 
 **For a student of your own:** set `preset` to `sd21`, `steps` to 0, and write some hundred prompts of the kind that you
 draw with. Or name in `data_folder` a folder below ComfyUI's `input` folder with pictures beside `.txt` files of the
