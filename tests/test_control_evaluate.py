@@ -57,7 +57,7 @@ def arguments(studio, pairs, tmp_path):
     control = write_control(studio, "evaluated-high", "high")
     return [
         *("--teacher", str(studio.checkpoint), "--held-out", str(pairs), "--out", str(tmp_path), "--device", "cpu"),
-        *("--size", "64", "--count", "4", "--steps", "1", "--rounds", "0", "--strengths", "1"),
+        *("--size", "64", "--count", "4", "--steps", "2", "--rounds", "0", "--strengths", "1"),
         *("--controls", str(control)),
     ]
 
@@ -108,9 +108,9 @@ def test_student_and_control_both_take_part(teacher, branch, sources):
 
 def test_fidelity_is_one_in_the_bands_that_two_latents_share(sources):
     torch.testing.assert_close(band_fidelity(sources, sources), torch.ones(2, len(BANDS)))
-    low = filter_band(sources, "low")
-    mini, shared, _, high = band_fidelity(low, sources).unbind(1)
-    assert mini.min() > 0.999 and shared.min() > 0.999 and high.abs().max() < 1e-3
+    mini, low, mid, high = band_fidelity(sources - 2 * filter_band(sources, "high"), sources).unbind(1)
+    for found, expected in ((mini, 1.0), (low, 1.0), (mid, 1.0), (high, -1.0)):
+        torch.testing.assert_close(found, torch.full((2,), expected))
 
 
 def test_fidelity_in_the_mini_band_does_not_ask_for_its_order(sources):
@@ -200,7 +200,8 @@ def test_the_command_measures_teacher_and_student_and_goes_on_where_it_stopped(
     for rows in (result["rows"] for result in found["results"]):
         assert list(rows) == [f"{m}, {s}" for m in ("teacher", "steered") for s in ("no control", "strength 1")]
         assert rows["teacher, no control"]["fidelity_high"] != rows["teacher, strength 1"]["fidelity_high"]
-        assert rows["steered, strength 1"]["psnr"] > 0 and "psnr" not in rows["teacher, strength 1"]
+        assert rows["steered, strength 1"]["perceptual"] >= 0 and "perceptual" not in rows["teacher, strength 1"]
+        assert "band_change" in rows["steered, strength 1"] and "band_change" not in rows["steered, no control"]
     text = (tmp_path / "control.md").read_text()
     monkeypatch.setattr(evaluate, "measure_variant", lambda *_: pytest.fail("measured again"))
     evaluate.evaluate(args)

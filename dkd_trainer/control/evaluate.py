@@ -25,7 +25,7 @@ from ..host import Teacher, ensure_comfy
 from ..metrics.captions import ASPECTS
 from ..metrics.features import load_feature_net
 from ..metrics.prompt_score import load_prompt_scorer
-from .findings import Drawn, Findings, write_findings
+from .findings import FREE, Drawn, Findings, write_findings
 from .steering import FrozenBranch, read_branches
 from .tasks import Task, change_prompts, keep_prompts, read_prompts
 from .variant import Variant, is_uncontrolled, measure_memory, measure_variant
@@ -124,7 +124,7 @@ class ControlComparison:
         """Each model unsteered and at all strengths, and the name of the teacher's variant that it is compared with."""
         control = name_file(self.files[branch.band])
         for model in self.list_models():
-            yield replace(model, name=f"{model.name}, no control"), "teacher, no control"
+            yield replace(model, name=model.name + FREE), f"teacher{FREE}"
             for strength in strengths:
                 name, identity = f"strength {strength:g}", f"{model.identity} {control}"
                 steered = replace(

@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from ..evidence.summary import Row, mean_with_error
 from ..host import Teacher
 from .tasks import Task
 
+FREE = ", no control"
 FORMAT = "dha-control-evaluation"
 SHOWN, GAIN = 12, 4  # pictures of a sheet; how many times larger a difference is shown
 TASKS = {
@@ -35,11 +37,15 @@ coefficients of the drawn latents and of the source's (mini: each diagonal sorte
 distance to the source by self-similarities of EfficientNet-lite0 features, x 1000 (as Splice, arXiv 2201.00424, has it
 on DINO's). Prompt: probability of the prompt's aspects among wrong ones; "asked" are the aspects that the task changes,
 "kept" those that prompt and source have in common. PSNR and perceptual distance: a student's pictures against those of
-its teacher, with the same control, strength, prompts and seeds. Behind ±: one standard error over pictures."""
+its teacher, with the same control, strength, prompts and seeds. Changes are against the same model without control,
+picture by picture. Behind ±: one standard error over pictures."""
 COLUMNS = (
     *(Column(band, f"fidelity_{band}", ".3f", True) for band in BANDS),
+    Column("own band, change", "band_change", "+.3f"),
     Column("structure", "structure_x1e3", ".1f", True),
+    Column("change", "structure_change_x1e3", "+.1f"),
     Column("prompt", "prompt_score", ".3f", True),
+    Column("change", "prompt_score_change", "+.3f"),
     Column("asked", "asked", ".3f", True),
     Column("kept", "kept", ".3f", True),
     Column("CLIP", "clip_score", ".2f", True),
@@ -69,8 +75,13 @@ class Drawn:
         return f"{self.pictures.shape[-1]}x{self.pictures.shape[-2]}"
 
     def summarise(self) -> dict[str, Row]:
-        """Figures with their standard errors by variant."""
-        return {name: summarise(measured) for name, measured in self.variants.items()}
+        """Figures with their standard errors by variant; changes are those against the same model without control."""
+        rows = {name: summarise(measured) for name, measured in self.variants.items()}
+        for name, measured in self.variants.items():
+            if not name.endswith(FREE):
+                free = self.variants[name.rpartition(", ")[0] + FREE]
+                rows[name] |= compare(measured, free, list(BANDS).index(self.band))
+        return rows
 
 
 @dataclass(frozen=True)
@@ -93,6 +104,15 @@ def summarise(measured: dict[str, Tensor]) -> Row:
     for name in ("prompt_score", "asked", "kept", "clip_score", "psnr", "perceptual"):
         if name in measured:
             row |= mean_with_error(name, measured[name])
+    return {name: value for name, value in row.items() if math.isfinite(value)}  # equal pictures have no PSNR
+
+
+def compare(measured: dict[str, Tensor], free: dict[str, Tensor], band: int) -> Row:
+    """What the control changed, picture by picture: fidelity in its own band, structure and prompt score."""
+    row = mean_with_error("band_change", measured["fidelity"][:, band] - free["fidelity"][:, band])
+    row |= mean_with_error("structure_change_x1e3", 1e3 * (measured["structure"] - free["structure"]))
+    if "prompt_score" in measured:
+        row |= mean_with_error("prompt_score_change", measured["prompt_score"] - free["prompt_score"])
     return row
 
 
