@@ -256,7 +256,7 @@ def describe() -> Iterator[tuple[str, str]]:
     yield "Python", f"{sys.version.split()[0]} at {sys.executable}"
     yield "torch", find_version("torch") or "not in this Python; ComfyUI brings its own"
     yield "ComfyUI", describe_comfyui()
-    for folder in ("models/checkpoints", "models/dha"):
+    for folder in ("models/checkpoints", "models/dha", "models/dha_control"):
         files = sorted((ROOT / "workflows" / folder).glob("*.safetensors"))
         sizes = [f"{file.name} ({file.stat().st_size / 1e6:.1f} MB)" for file in files]
         yield folder, ", ".join(sizes) or f"none in workflows/{folder}; the example workflows need one"

@@ -61,7 +61,7 @@ def test_without_arguments_it_reports_and_touches_nothing():
     first, second = run_guarded(ROOT / "install.py"), run_guarded(ROOT / "install.py")
     assert first.returncode == 0, first.stderr
     assert first.stdout == second.stdout
-    for thing in ("Python", "torch", "ComfyUI", "models/checkpoints", "models/dha", "trainer"):
+    for thing in ("Python", "torch", "ComfyUI", "models/checkpoints", "models/dha", "models/dha_control", "trainer"):
         assert f"\n  {thing} " in first.stdout
 
 
