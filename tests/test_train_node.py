@@ -120,7 +120,10 @@ def test_a_graph_trains_a_student_from_prompts_and_draws_with_it(server):
     shown = server.run({"1": node("DKDTrainingRecord", training=f"fresh/{folder.name}")})
     record = json.loads(shown.text("1"))
     assert record["state"] == "finished" and record["pairs"] == report["pairs"]
-    drawn, before = ([server.fetch(image) for image in images] for images in (shown.images("1"), outcome.images("5")))
+    drawn, before = (
+        [Image.open(server.base / "temp" / entry["filename"]).tobytes() for entry in images]
+        for images in (shown.images("1"), outcome.images("5"))
+    )
     assert drawn == before
 
 
