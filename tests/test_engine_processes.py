@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -188,7 +189,10 @@ def test_a_dry_run_says_what_to_expect_and_leaves_nothing(command, tmp_path):
         "time to finish",
     ):
         assert part in output
-    assert all(f"{stage}: " in output for stage in ("transfer", "imitation", "quality"))
+    rest = r"[\d.]+ times the teacher alone, [\d.]+ % outside of the models"
+    for stage in ("transfer", "imitation", "quality"):
+        speed = rf"^{stage}: \d steps, [\d.]+ images/s \([\d.]+ without the cache\), {rest}; "
+        assert re.search(speed, output, re.MULTILINE), stage
     assert list(tmp_path.iterdir()) == []
 
 

@@ -5,12 +5,13 @@ from collections.abc import Callable, Collection
 import torch
 from torch import Tensor
 
-from dha.patch import make_patches, plain_attention
+from dha.patch import make_patches
 from dha.student import Student
 
 from ..data.batches import Batch
 from ..diffusion import training_target
 from ..host import Teacher
+from .attention import trained_attention
 from .features import Features, keep_blocks, recompute_layers
 from .official import compare_maps, teach_routers
 from .transfer import relative_error
@@ -18,7 +19,7 @@ from .transfer import relative_error
 
 def student_options(student: Student, budget: float | None = None) -> dict:
     """`transformer_options` that run a student inside the teacher's UNet."""
-    return make_patches(student, plain_attention, budget).as_options()
+    return make_patches(student, trained_attention, budget).as_options()
 
 
 def imitation_losses(

@@ -6,18 +6,20 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from statistics import median
 
 import torch
 
-from ..data.batches import open_pairs
+from ..data.batches import Corpus, open_pairs
 from ..host import Teacher
 from ..settings import Settings
 from .loop import Training
 from .processes import Processes
 from .stages import Stage
 
-TRIES = 2  # steps per stage; the first one warms up
+TRIES = 4  # steps per stage; the first one warms up
 LIMIT = 32  # pairs that are encoded
 
 
@@ -29,20 +31,46 @@ def rehearse(
         output = dataclasses.replace(settings.output, work=folder, file=str(Path(folder) / settings.out.name))
         data = dataclasses.replace(settings.data, cache="")
         trial = dataclasses.replace(settings, output=output, data=data)
-        corpus = open_pairs(settings.data.path, teacher, trial, not processes.is_first, LIMIT)
+        corpus, encoding = time_encoding(teacher, trial, processes)
         training = kind(teacher, corpus, trial, processes)
         lines = describe_training(training)
         forward, left = time_teacher(training), 0.0
         lines.append(f"teacher alone: {settings.train.batch / forward:.2f} images/s")
         for stage in training.stages:
-            seconds, waited = try_stage(training, stage)
-            left += seconds * stage.settings.steps
+            pace = try_stage(training, stage)
+            left += pace.seconds * stage.settings.steps
             terms = ", ".join(f"{name} {value:.4f}" for name, value in training.losses.items())
-            speed = f"{settings.train.batch / seconds:.2f} images/s, {100 * waited / seconds:.1f} % reading the batch"
+            speed = pace.describe(settings.train.batch, forward, encoding)
             lines.append(f"{stage.name}: {stage.settings.steps} steps, {speed}; {terms}")
         lines += [f"peak memory: {measure_memory(teacher.device):.2f} GB", f"time to finish: {left / 60:.1f} minutes"]
     if processes.is_first:
         print("\n".join(lines))
+
+
+@dataclasses.dataclass(frozen=True)
+class Pace:
+    """Seconds of a step as in a run, and how many of them go by outside of the models: batches and states."""
+
+    seconds: float
+    outside: float
+
+    def describe(self, batch: int, forward: float, encoding: float) -> str:
+        """With the seconds of the teacher's forward on the batch, and of encoding a pair anew."""
+        speeds = [batch / seconds for seconds in (self.seconds, self.seconds + batch * encoding)]
+        return (
+            f"{speeds[0]:.2f} images/s ({speeds[1]:.2f} without the cache), {self.seconds / forward:.2f} times the "
+            f"teacher alone, {100 * self.outside / self.seconds:.1f} % outside of the models"
+        )
+
+
+def time_encoding(teacher: Teacher, trial: Settings, processes: Processes) -> tuple[Corpus, float]:
+    """Some of the pairs, and the seconds that each takes to be encoded: what opening them is faster with a cache."""
+    times = []
+    for _ in range(2):
+        begun = time.perf_counter()
+        corpus = open_pairs(trial.data.path, teacher, trial, not processes.is_first, LIMIT)
+        times.append(time.perf_counter() - begun)
+    return corpus, max(0.0, times[0] - times[1]) / len(corpus)
 
 
 def describe_training(training: Training) -> list[str]:
@@ -62,27 +90,37 @@ def describe_training(training: Training) -> list[str]:
     return lines
 
 
-def try_stage(training: Training, stage: Stage) -> tuple[float, float]:
-    """Seconds of a step once it is warm, and how many of them went into reading the batch."""
-    for step in range(stage.first, stage.first + TRIES):
-        begun = time.perf_counter()
-        parts = training.read_step(min(step, stage.end - 1))
-        waited = time.perf_counter() - begun
-        training.take_step(min(step, stage.end - 1), parts)
-    return time.perf_counter() - begun, waited
+def try_stage(training: Training, stage: Stage) -> Pace:
+    """A stage's pace once it is warm, with the next batch read during a step and a state saved now and then."""
+    steps = [min(step, stage.end - 1) for step in range(stage.first, stage.first + TRIES)]
+    times, waits = [], []
+    with ThreadPoolExecutor(1) as reader:
+        coming = reader.submit(training.read_step, steps[0])
+        for step, after in zip(steps, [*steps[1:], steps[-1]], strict=True):
+            begun = time.perf_counter()
+            parts = coming.result()
+            waits.append(time.perf_counter() - begun)
+            coming = reader.submit(training.read_step, after)
+            training.take_step(step, parts)
+            times.append(time.perf_counter() - begun)
+    begun = time.perf_counter()
+    training.save(stage.end)
+    saving = (time.perf_counter() - begun) / training.settings.output.save_every
+    return Pace(median(times[1:]) + saving, median(waits[1:]) + saving)
 
 
 @torch.no_grad()
 def time_teacher(training: Training) -> float:
     """Seconds of the teacher's forward alone on a whole batch, once it is warm."""
-    parts = training.read_step(0)
+    parts, times = training.read_step(0), []
     for _ in range(TRIES):
         begun = time.perf_counter()
         bf16 = training.settings.train.precision == "bf16"
         with torch.autocast(training.teacher.device.type, torch.bfloat16, enabled=bf16):
             for part in parts:
                 training.teacher.predict(part.noisy, part.t, part.context).sum().item()
-    return time.perf_counter() - begun
+        times.append(time.perf_counter() - begun)
+    return median(times[1:])
 
 
 def measure_memory(device: torch.device) -> float:

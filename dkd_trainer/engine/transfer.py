@@ -1,5 +1,6 @@
 """Stage 1, attention transfer: every replaced layer learns its teacher's output from its teacher's input."""
 
+import contextlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -7,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from dha.official import OfficialSite
-from dha.patch import plain_attention
 from dha.sites import Site
 from dha.student import Student
 
 from ..host import Teacher
+from .attention import trained_attention
 
 ROUTING_QUERIES = 64  # queries from which the teacher's attention mass per key is estimated
 
@@ -33,10 +34,26 @@ def transfer_losses(
     """
     losses: dict[str, Tensor] = {}
     patches = watch_sites(student, teacher.attention, losses, budget, seed)
+    patches["attn1_output_patch"].append(stop_after(student.list_sites()[-1].block))
     options = dict(options or {})
-    with torch.no_grad():
+    with torch.no_grad(), contextlib.suppress(AllSeen):
         teacher.predict(noisy, t, context, {**options, "patches": {**options.get("patches", {}), **patches}})
     return losses
+
+
+class AllSeen(Exception):
+    """The rest of a teacher's forward would show nothing more."""
+
+
+def stop_after(block: tuple[str, int]) -> Callable:
+    """A patch of self-attention outputs that raises AllSeen at a block."""
+
+    def stop(out, options):
+        if options["block"] == block:
+            raise AllSeen
+        return out
+
+    return stop
 
 
 def watch_sites(
@@ -73,7 +90,7 @@ def watch_sites(
                 losses[site.name] = relative_error(module(x, emb), out)
         elif plan.coarse + plan.chosen < plan.tokens:
             with torch.enable_grad():
-                output = module(attention, plain_attention, x, emb, plan, attention.heads)
+                output = module(attention, trained_attention, x, emb, plan, attention.heads)
                 losses[site.name] = relative_error(output, out)
                 if plan.chosen:
                     scores = module.router(x, emb)
