@@ -23,7 +23,7 @@ COMMANDS = {  # modules with a `main` of their own
 
 
 def read_arguments(arguments: list[str]) -> argparse.Namespace:
-    """The command line; an option with a dotted `dest` is short for the setting of that name."""
+    """The command line; an option with a dotted `dest` is short for the setting of that name, and so is `start`."""
     parser = argparse.ArgumentParser(
         prog="python -m dkd_trainer",
         description=__doc__,
@@ -79,7 +79,7 @@ def add_shorthands(group: argparse._ArgumentGroup) -> None:
 
 def read_settings(args: argparse.Namespace) -> Settings:
     """All settings of a command line; raises SettingsError."""
-    shorthands = [(name, value) for name, value in vars(args).items() if "." in name]
+    shorthands = [(name, value) for name, value in vars(args).items() if "." in name or name == "start"]
     overrides = [*shorthands, *map(parse_override, args.set)]
     settings = assemble_settings(args.preset, args.config, overrides)
     if args.steps:
