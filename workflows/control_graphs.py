@@ -6,28 +6,36 @@ from typing import Any
 from .graphs import Picture, add_student, draw, node
 from .server import Graph
 
-MANY = "deciduous tree left of palm tree, flat style, sky blue background"
+CAT, KOALA = "cat, twitter style, green background", "koala, glossy 3d style, pink background"
 
 
 @dataclass(frozen=True)
 class Task:
-    """What a band is for: prompts of a source and of what is drawn after it, and the file of the control."""
+    """What a band is for: prompts of a source and of what is drawn after it, the file of the control, its strength."""
 
     title: str
     source: str
     prompt: str
     control: str
+    strength: float = 1.0
 
 
 TASKS = {
-    "mini": Task("Style-guided creation", MANY, "octopus, noto style", "mini-sd21-mini.safetensors"),
-    "low": Task("Semantic manipulation", MANY, "tulip left of rose, flat style", "mini-sd21-low.safetensors"),
+    "mini": Task(
+        "Style-guided creation",
+        "rose, flat style, sky blue background",
+        "owl, noto style",
+        "mini-sd21-mini.safetensors",
+        2.0,
+    ),
+    "low": Task("Semantic manipulation", CAT, "dog, twitter style, green background", "mini-sd21-low.safetensors"),
     "mid": Task(
-        "Scene translation", MANY, "deciduous tree left of palm tree, pink background", "mini-sd21-mid.safetensors"
+        "Scene translation",
+        CAT,
+        "cat, twitter style, yellow background",
+        "mini-sd21-mid.safetensors",
     ),
-    "high": Task(
-        "Style translation", MANY, "deciduous tree left of palm tree, twitter style", "mini-sd21-high.safetensors"
-    ),
+    "high": Task("Style translation", KOALA, "koala, noto style, pink background", "mini-sd21-high.safetensors"),
 }
 
 
@@ -47,15 +55,16 @@ def steer(
         "12": node("VAEDecode", samples=["11", 0], vae=["1", 2]),
         "13": node("PreviewImage", images=["12", 0]),
         "14": node("DHALoadFrequencyControl", control_name=task.control),
-        "15": apply_control(model, strength),
+        "15": apply_control(model, strength, student is not None),
     }
     graph["7"]["inputs"] |= {"model": ["15", 0], "seed": picture.seed + 1}
     return graph
 
 
-def apply_control(model: list, strength: float) -> dict[str, Any]:
+def apply_control(model: list, strength: float, accelerate: bool = False) -> dict[str, Any]:
     """Apply Frequency Control to a model's output, for the whole of the sampling."""
     settings = {"strength": strength, "start_percent": 0.0, "end_percent": 1.0, "shuffle_seed": 0}
+    settings["accelerate"] = accelerate
     return node("DHAApplyFrequencyControl", model=model, control=["14", 0], source=["11", 0], **settings)
 
 

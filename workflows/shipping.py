@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw
 
 from dha.whole_file import write_whole
 
+from .control_examples import CONTROL
 from .examples import EXAMPLES as SMALL
 from .formats import to_api
 from .graphs import FOLDER
@@ -20,7 +21,7 @@ from .run_times import write_times
 from .server import Server, find_comfyui, serve
 from .training_graphs import TRAINING
 
-EXAMPLES = {**SMALL, **TRAINING}
+EXAMPLES = {**SMALL, **CONTROL, **TRAINING}
 SIDE = 384  # pixels of a thumbnail
 PATIENCE = 3600  # seconds for one workflow; one of them trains
 PAPER = (24, 24, 26)
@@ -46,10 +47,18 @@ def draw_thumbnails(server: Server, workflows: dict[str, dict]) -> Iterator[tupl
 
 
 def join(pictures: list[Image.Image]) -> Image.Image:
-    """One picture as it is; of two the left half of the first and the right half of the second, as under a slider."""
+    """One picture as it is; of two the left half of the first and the right half of the second, as under a slider.
+
+    More of them stand side by side.
+    """
     first, last = pictures[0], pictures[-1]
     if len(pictures) == 1:
         return first
+    if len(pictures) > 2:
+        strip = Image.new("RGB", (first.width * len(pictures), first.height))
+        for number, picture in enumerate(pictures):
+            strip.paste(picture.resize(first.size), (number * first.width, 0))
+        return strip
     joined, middle = first.copy(), first.width // 2
     joined.paste(last.resize(first.size).crop((middle, 0, *first.size)), (middle, 0))
     ImageDraw.Draw(joined).line((middle, 0, middle, first.height), "white")
@@ -70,10 +79,12 @@ def main() -> None:
     parser.add_argument("--comfyui", help="folder of a ComfyUI (default: COMFYUI_PATH)")
     parser.add_argument("--out", type=Path, default=FOLDER, help="folder for the files (default: this package)")
     parser.add_argument("--thumbnails", action="store_true", help="run all: NAME.jpg and results/run-times.*")
+    parser.add_argument("--only", nargs="+", choices=EXAMPLES, help="these workflows; run times are left as they are")
     arguments = parser.parse_args()
     print("Starting a ComfyUI ...", flush=True)
     with tempfile.TemporaryDirectory() as base, serve(find_comfyui(arguments.comfyui), Path(base)) as server:
         workflows = build_workflows(server.get("/object_info"))
+        workflows = {name: workflows[name] for name in arguments.only or workflows}
         for name, ui in workflows.items():
             write_whole(arguments.out / f"{name}.json", (json.dumps(ui, indent=1) + "\n").encode())
             print(f"{name}.json: {len(ui['nodes'])} nodes", flush=True)
@@ -82,7 +93,8 @@ def main() -> None:
             for name, thumbnail, times[name] in draw_thumbnails(server, workflows):
                 write_whole(arguments.out / f"{name}.jpg", thumbnail)
                 print(f"{name}.jpg: {len(thumbnail) / 1000:.0f} kB after {times[name]:.1f} s", flush=True)
-            write_times(arguments.out / "results", times, machine)
+            if not arguments.only:
+                write_times(arguments.out / "results", times, machine)
 
 
 if __name__ == "__main__":
