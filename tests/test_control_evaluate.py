@@ -188,7 +188,7 @@ def test_the_command_measures_teacher_and_student_and_goes_on_where_it_stopped(
     more = ["--students", str(studio.write_student("steered")), "--more-sizes", "96x64", "--more-count", "2"]
     args = evaluate.read_arguments([*arguments, *more])
     files = {path.name for path in evaluate.evaluate(args)}
-    sheets = {f"control-high-{size}.png" for size in ("64x64", "96x64")}
+    sheets = {f"control-high-{size}.jpg" for size in ("64x64", "96x64")}
     assert files == {"control.json", "control.md", "control.jpg", *sheets}
     found = json.loads((tmp_path / "control.json").read_text())
     assert found["settings"]["strength_0_is_uncontrolled"] == {"high": True}

@@ -5,8 +5,9 @@ from functools import partial
 
 from .control_graphs import TASKS, Task, compare_steered, show_band, steer
 from .examples import EVERYWHERE, Example
-from .graphs import CHECKPOINT, STUDENT, Picture
+from .graphs import CHECKPOINT, Picture
 
+STUDENT = "mini-sd21-dha-control.safetensors"  # distilled from the steered teacher
 PICTURE = Picture("")
 BANDS = {
     "mini": "its colours and light, without their places",
@@ -56,7 +57,8 @@ def make_compare(task: Task = TASKS["mid"]) -> Example:
     """Source, steered teacher, steered student, difference."""
     note = f"""## The same control, with and without DHA
 Both models draw after the same source with the same prompt, seed and control. *Compare Pictures* shows them under a
-slider, in turns, or as their difference. With `accelerate` the student runs in the control's own layers as well. {MINI}
+slider, in turns, or as their difference. The student was distilled from the steered original; with `accelerate` it runs
+in the control's own layers as well. {MINI}
 With 256 tokens self-attention costs next to nothing there: look at the pictures, not at the seconds."""
     graph = compare_steered(CHECKPOINT, PICTURE, task, STUDENT, **EVERYWHERE)
     for previewed in ("20", "21"):
@@ -65,7 +67,9 @@ With 256 tokens self-attention costs next to nothing there: look at the pictures
     titles |= {"15": "Apply Frequency Control, student", "16": "Apply Frequency Control, original"}
     columns = [["1", "5", "14"], ["10", "2", "3", "4"], ["11", "12", "13"], ["6", "15", "16"], ["17", "18", "19"]]
     shown = [("13", "images"), ("22", "original"), ("22", "student")]
-    closing = REAL + " Choose a student of that checkpoint in *Load DHA Student*."
+    closing = (
+        REAL + " Choose a student of that checkpoint in *Load DHA Student*, best one that was distilled with controls."
+    )
     return Example(graph, [*columns, ["22"], ["23"]], note, shown, titles, closing=closing)
 
 

@@ -23,7 +23,7 @@ from .tasks import Task
 
 FREE = ", no control"
 FORMAT = "dha-control-evaluation"
-SHOWN, GAIN = 12, 4  # pictures of a sheet; how many times larger a difference is shown
+SHOWN, GAIN = 8, 4  # pictures of a sheet; how many times larger a difference is shown
 TASKS = {
     "mini": "style-guided creation",
     "low": "semantic manipulation",
@@ -182,13 +182,13 @@ def list_rows(drawn: Drawn, teacher: Teacher, picks: slice) -> list[tuple[str, T
 
 
 def draw_sheets(findings: Findings, teacher: Teacher) -> dict[str, tuple[str, bytes]]:
-    """Caption and PNG by file name: a sheet of every band's changed prompts at every size."""
+    """Caption and JPEG by file name: a sheet of every band's changed prompts at every size."""
     sheets = {}
     for drawn in findings.drawn:
         if drawn.task.changed:
             caption = f"{TASKS[drawn.band].capitalize()} at {drawn.size}: " + "; ".join(drawn.task.prompts[:SHOWN])
             rows = list_rows(drawn, teacher, slice(SHOWN))
-            sheets[f"control-{drawn.band}-{drawn.size}.png"] = (caption, draw_sheet(rows))
+            sheets[f"control-{drawn.band}-{drawn.size}.jpg"] = (caption, to_jpeg(draw_sheet(rows)))
     return sheets
 
 
@@ -199,15 +199,20 @@ def draw_overview(findings: Findings, teacher: Teacher, picks: list[int]) -> byt
         if drawn.task.changed and drawn.size == findings.drawn[0].size:
             columns = [list_rows(drawn, teacher, slice(pick, pick + 1)) for pick in picks]
             rows.append((TASKS[drawn.band], torch.cat([picture for column in columns for _, picture in column])))
+    return to_jpeg(draw_sheet(rows))
+
+
+def to_jpeg(png: bytes) -> bytes:
+    """A picture sheet in a tenth of the bytes."""
     buffer = io.BytesIO()
-    Image.open(io.BytesIO(draw_sheet(rows))).convert("RGB").save(buffer, "JPEG", quality=85, optimize=True)
+    Image.open(io.BytesIO(png)).convert("RGB").save(buffer, "JPEG", quality=85, optimize=True)
     return buffer.getvalue()
 
 
 def write_findings(findings: Findings, teacher: Teacher, out: Path, picks: list[int]) -> list[Path]:
     """Write control.json, control.md, the sheets and control.jpg into a folder; the files that were written."""
     sheets = draw_sheets(findings, teacher)
-    files = {name: png for name, (_, png) in sheets.items()}
+    files = {name: content for name, (_, content) in sheets.items()}
     files["control.jpg"] = draw_overview(findings, teacher, picks)
     files["control.json"] = (json.dumps(to_document(findings), indent=1, allow_nan=False) + "\n").encode()
     files["control.md"] = to_markdown(findings, sheets).encode()
