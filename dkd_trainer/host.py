@@ -86,10 +86,6 @@ class Teacher:
         parts = {name: [entry[name][0] for entry in tokens] for name in tokens[0]}
         return self.clip.encode_from_tokens(parts).float().unflatten(1, (len(prompts), -1))[0]
 
-    def encode_prompt(self, prompt: str) -> torch.Tensor:
-        """A prompt -> context (1, 77, C)."""
-        return self.encode_prompts([prompt])
-
     @cached_property
     def text_fingerprint(self) -> str:
         """A short hash of the text encoder's weights: what cached contexts depend on."""

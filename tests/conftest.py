@@ -75,6 +75,22 @@ class Studio:
         return self.host.sample(model or self.model, *conditions, latent, seed=seed, **settings)
 
 
+class TensorCorpus:
+    """A corpus in memory, of one latent size, from `latents` (n, 4, h, w), `context` (n, 77, C) and `empty`."""
+
+    def __init__(self, pairs: dict[str, torch.Tensor]):
+        self.latents, self.context, self.empty = pairs["latents"], pairs["context"], pairs["empty"].float()
+        height, width = self.latents.shape[-2:]
+        self.buckets = {(height, width): list(range(len(self.latents)))}
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+    def read(self, indices) -> tuple[torch.Tensor, torch.Tensor]:
+        picks = torch.as_tensor(list(indices))
+        return self.latents[picks].float(), self.context[picks].float()
+
+
 def relate(found: torch.Tensor, expected: torch.Tensor) -> float:
     """Norm of the difference over the norm of the expected, infinite where something is no number."""
     if found.shape != expected.shape or not found.isfinite().all():

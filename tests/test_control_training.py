@@ -41,12 +41,12 @@ def teacher(studio):
 @pytest.fixture(scope="module")
 def corpus(teacher):
     """Eight pictures of four large patches, so that a low band tells nearly all of them."""
-    from dkd_trainer.data.batches import TensorCorpus
+    from conftest import TensorCorpus
 
     generator = torch.Generator().manual_seed(0)
-    context = torch.cat([teacher.encode_prompt(p) for p in ("red apple", "octopus")] * 4)
+    context = torch.cat([teacher.encode_prompts([p]) for p in ("red apple", "octopus")] * 4)
     latents = torch.nn.functional.interpolate(torch.randn(8, 4, 2, 2, generator=generator), scale_factor=8)
-    return TensorCorpus({"latents": latents, "context": context, "empty": teacher.encode_prompt("")})
+    return TensorCorpus({"latents": latents, "context": context, "empty": teacher.encode_prompts([""])})
 
 
 @pytest.fixture

@@ -15,7 +15,6 @@ from PIL import Image
 from dkd_trainer.data.corpus import open_corpus
 from dkd_trainer.data.drawing import Drawing
 from dkd_trainer.data.encoder import Effort
-from dkd_trainer.data.pairs import find_pairs, load_encoded
 from dkd_trainer.data.source import DataError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -76,8 +75,8 @@ def test_the_corpus_holds_what_the_teacher_makes_of_each_pair(corpus, teacher):
     latents, context = corpus.read([7, 2, 7])
     assert latents.shape == (3, 4, 8, 8) and latents.dtype == context.dtype == torch.float32
     torch.testing.assert_close(latents[:1], teacher.encode_picture(corpus.read_picture(7)[None]), atol=5e-3, rtol=5e-3)
-    torch.testing.assert_close(context[1:2], teacher.encode_prompt("octopus"), atol=5e-3, rtol=5e-3)
-    torch.testing.assert_close(corpus.empty, teacher.encode_prompt(""), atol=5e-3, rtol=5e-3)
+    torch.testing.assert_close(context[1:2], teacher.encode_prompts(["octopus"]), atol=5e-3, rtol=5e-3)
+    torch.testing.assert_close(corpus.empty, teacher.encode_prompts([""]), atol=5e-3, rtol=5e-3)
     assert not torch.equal(latents[0], latents[1])
 
 
@@ -218,16 +217,6 @@ def test_a_drawn_latent_is_what_the_sampler_gives(teacher, tmp_path):
     torch.testing.assert_close(drawn.read([0])[0], sample_euler(predict, noise, 3), atol=5e-3, rtol=5e-3)
 
 
-def test_the_older_calls_give_the_same_tensors(pairs, teacher, corpus, tmp_path):
-    found, skipped = find_pairs(pairs)
-    assert (len(found), skipped) == (11, [])
-    tensors, broken = load_encoded(found, SIZE, teacher, corpus.report.parent)
-    latents, context = corpus.read(range(10))
-    assert torch.equal(tensors["latents"].float(), latents) and torch.equal(tensors["context"].float(), context)
-    assert torch.equal(tensors["empty"].float(), corpus.empty)
-    assert [line.split(":")[0] for line in broken] == ["005.png"]
-
-
 def test_another_teacher_shares_nothing_it_should_not(pairs, teacher, corpus, studio, tmp_path):
     from dkd_trainer.host import Teacher
 
@@ -247,7 +236,7 @@ def test_another_teacher_shares_nothing_it_should_not(pairs, teacher, corpus, st
 def test_brackets_in_a_caption_are_no_weights_and_long_ones_are_cut(teacher):
     contexts = teacher.encode_prompts(["red apple (1999:1.5)", "red apple 1999", "red apple " * 100])
     assert contexts.shape[:2] == (3, 77)
-    assert torch.equal(contexts[:1], teacher.encode_prompt("red apple (1999:1.5)"))
+    assert torch.equal(contexts[:1], teacher.encode_prompts(["red apple (1999:1.5)"]))
     tokens = teacher.clip.tokenize(r"red apple \(1999:1.5\)")
     torch.testing.assert_close(contexts[:1], teacher.clip.encode_from_tokens(tokens).float())
 

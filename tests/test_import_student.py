@@ -112,7 +112,7 @@ def test_the_imported_student_with_its_trunk_predicts_what_the_published_one_doe
     lines = run(write(published), out, "--base", str(studio.checkpoint))
     assert any("imported-trunk.safetensors" in line for line in lines)
     x, t = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(1)), torch.tensor([700.0, 100.0])
-    context = teacher.encode_prompt("octopus").repeat(2, 1, 1)
+    context = teacher.encode_prompts(["octopus"]).repeat(2, 1, 1)
     expected = predict_published(teacher, published, x, t, context)
     trunk = comfy.utils.load_torch_file(str(tmp_path / "imported-trunk.safetensors"))
     model, _ = comfy.sd.load_lora_for_models(studio.model, None, trunk, 1.0, 0.0)
@@ -127,7 +127,7 @@ def test_the_imported_student_with_its_trunk_predicts_what_the_published_one_doe
 def test_norm_groups_are_those_of_the_published_student_only_while_it_runs(studio, teacher, published, write, tmp_path):
     out = tmp_path / "imported.safetensors"
     x, t = torch.randn(1, 4, 16, 16), torch.tensor([500.0])
-    context = teacher.encode_prompt("octopus")
+    context = teacher.encode_prompts(["octopus"])
     found = {}
     for groups in ("4", "32"):
         run(write(published), out, "--without-trunk", "--norm-groups", groups)

@@ -3,8 +3,8 @@
 import pytest
 from PIL import Image
 
-from dkd_trainer.data.pairs import DataError, find_pairs, list_source
-from dkd_trainer.data.source import count_reasons
+from dkd_trainer.data.pairs import list_source
+from dkd_trainer.data.source import DataError, count_reasons
 
 
 def write_pair(folder, name, prompt="a cat", images="", prompts=""):
@@ -22,15 +22,15 @@ def test_both_layouts_are_read_and_bad_pairs_are_listed(tmp_path, layout):
     write_pair(tmp_path, "empty", " \n", **layout)
     write_pair(tmp_path, "missing", None, **layout)
     write_pair(tmp_path, "latin", "caf\xe9".encode("latin-1"), **layout)
-    pairs, skipped = find_pairs(tmp_path)
-    assert [(p.picture.name, p.prompt) for p in pairs] == [("good.png", "a red apple"), ("good.png", "a pear")]
-    assert sorted(line.split(":")[0] for line in skipped) == ["empty.png", "latin.png", "missing.png"]
+    listing = list_source(tmp_path)
+    assert [(p.picture.name, p.prompt) for p in listing.pairs] == [("good.png", "a red apple"), ("good.png", "a pear")]
+    assert sorted(skip.name for skip in listing.skipped) == ["empty.png", "latin.png", "missing.png"]
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
 def test_prompts_of_common_editors_are_read(tmp_path, encoding):
     write_pair(tmp_path, "a", "caf\xe9 \u732b".encode(encoding))
-    assert find_pairs(tmp_path)[0][0].prompt == "caf\xe9 \u732b"
+    assert list_source(tmp_path).pairs[0].prompt == "caf\xe9 \u732b"
 
 
 @pytest.mark.parametrize("prompt", [b"\xef\xbb\xbf", b"a\0b", b"\xff\xfe\x00", b"a" * 70_000, b"caf\xe9"])
@@ -54,18 +54,18 @@ def test_hidden_files_and_other_suffixes_are_no_pictures(tmp_path):
     write_pair(tmp_path, "good")
     write_pair(tmp_path, "._good")
     (tmp_path / "notes.md").write_text("hello")
-    assert len(find_pairs(tmp_path)[0]) == 1
+    assert len(list_source(tmp_path).pairs) == 1
 
 
 def test_a_folder_without_pairs_is_an_error_that_says_what_is_expected(tmp_path):
     (tmp_path / "film.gif").write_bytes(b"x")
     with pytest.raises(DataError, match=r"expected image/NAME.jpg with prompt/NAME.txt.*other files there: 1 .gif"):
-        find_pairs(tmp_path)
+        list_source(tmp_path)
     with pytest.raises(DataError, match="does not exist; expected a folder"):
-        find_pairs(tmp_path / "nowhere")
+        list_source(tmp_path / "nowhere")
     write_pair(tmp_path, "a", None)
     with pytest.raises(DataError, match="1 no prompt skipped"):
-        find_pairs(tmp_path)
+        list_source(tmp_path)
 
 
 def test_a_text_file_holds_one_prompt_a_line(tmp_path):

@@ -46,22 +46,6 @@ def open_pairs(source: str, teacher: Teacher, settings: Settings, quiet: bool = 
     )
 
 
-class TensorCorpus:
-    """A corpus in memory, of one latent size, from `latents` (n, 4, h, w), `context` (n, 77, C) and `empty`."""
-
-    def __init__(self, pairs: dict[str, Tensor]):
-        self.latents, self.context, self.empty = pairs["latents"], pairs["context"], pairs["empty"].float()
-        height, width = self.latents.shape[-2:]
-        self.buckets = {(height, width): list(range(len(self.latents)))}
-
-    def __len__(self) -> int:
-        return len(self.latents)
-
-    def read(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        picks = torch.as_tensor(list(indices))
-        return self.latents[picks].float(), self.context[picks].float()
-
-
 @dataclass(frozen=True)
 class Draw:
     """A step's choices for the whole batch: samples, timesteps t (B,), which prompts are dropped, key budget."""

@@ -1,16 +1,11 @@
-"""The pairs of any kind of source, and all their tensors at once where a data set is small."""
+"""The pairs of any kind of source."""
 
 from pathlib import Path
 
-from torch import Tensor
-
 from .folders import list_folder
-from .pictures import read_picture
 from .prompts import list_prompts
 from .shards import find_shards, list_shards
-from .source import DataError, Listing, Pair
-
-__all__ = ["DataError", "Pair", "find_pairs", "list_source", "load_encoded", "read_picture"]
+from .source import DataError, Listing
 
 
 def list_source(source: Path | str, limit: int | None = None) -> Listing:
@@ -32,24 +27,3 @@ def list_source(source: Path | str, limit: int | None = None) -> Listing:
     listing.pairs = listing.pairs[:limit]
     listing.check()
     return listing
-
-
-def find_pairs(source: Path | str) -> tuple[list[Pair], list[str]]:
-    """The pairs of a source, and what was skipped and why; raises DataError when there is no usable pair."""
-    listing = list_source(source)
-    return listing.pairs, [str(skip) for skip in listing.skipped]
-
-
-def load_encoded(pairs: list[Pair], size: int, teacher, cache: Path) -> tuple[dict[str, Tensor], list[str]]:
-    """`latents` (n, 4, h, w) and `context` (n, 77, C) in fp16 with the empty prompt's as `empty`, and what was skipped.
-
-    All of it in memory: for a few hundred pairs, `open_corpus` is for the others. `teacher` is a `host.Teacher`.
-    """
-    from .buckets import Framing
-    from .corpus import encode_listing
-
-    listing = Listing("the list", "pictures with prompts", list(pairs))
-    corpus = encode_listing(listing, teacher, cache, Framing(size))
-    latents, context = corpus.read(range(len(corpus)))
-    tensors = {"latents": latents.half(), "context": context.half(), "empty": corpus.empty.half()}
-    return tensors, [str(skip) for skip in corpus.skipped]

@@ -72,9 +72,3 @@ class Processes:
         from accelerate.utils import broadcast_object_list
 
         return broadcast_object_list([value])[0]
-
-    def wait_for_first(self) -> None:
-        """Return when all processes have come here."""
-        from accelerate import PartialState
-
-        PartialState().wait_for_everyone()

@@ -59,12 +59,13 @@ def jackknife_distance(x: Tensor, y: Tensor, than: Tensor | None = None, groups:
     signed = [(1, x)] if than is None else [(1, x), (-1, than.double())]
     kernels = [(sign, cubic_kernel(z, z), cubic_kernel(z, y)) for sign, z in signed]
 
-    def measure(kept: Tensor) -> float:
+    def leave(group: int) -> float:
+        kept = (member != group).nonzero()[:, 0]
         pick = torch.meshgrid(kept, kept, indexing="ij")
         common = mean_off_diagonal(real[pick])
         terms = [s * (mean_off_diagonal(own[pick]) + common - 2 * cross[pick].mean()) for s, own, cross in kernels]
         return sum(term.item() for term in terms)
 
-    left = torch.tensor([measure((member != group).nonzero()[:, 0]) for group in range(groups)], dtype=torch.float64)
+    left = torch.tensor([leave(group) for group in range(groups)], dtype=torch.float64)
     error = ((groups - 1) * (left - left.mean()).square().mean()).sqrt()
-    return Estimate(measure(torch.arange(len(x))), error.item())
+    return Estimate(sum(sign * kernel_distance(z, y) for sign, z in signed), error.item())
