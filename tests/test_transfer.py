@@ -1,4 +1,4 @@
-"""Attention transfer stops the teacher where nothing more is learnt, and a trained mask changes no attention."""
+"""Attention transfer teaches every layer, runs the teacher no further, and a trained mask changes no attention."""
 
 import pytest
 import torch
@@ -8,13 +8,6 @@ from dha.patch import plain_attention
 from dha.student import Student
 
 CONFIG = DHAConfig(levels=(0,), memory=4, rank=4, router_width=16)
-
-
-@pytest.fixture(scope="module")
-def teacher(studio):
-    from dkd_trainer.host import Teacher
-
-    return Teacher(studio.checkpoint, torch.device("cpu"))
 
 
 def test_the_teacher_is_run_no_further_than_to_the_last_replaced_layer(teacher):
@@ -55,3 +48,27 @@ def test_a_trained_mask_gives_the_attention_and_the_gradients_of_any_other(batch
     for found, expected in zip(*results, strict=True):
         torch.testing.assert_close(found, expected)
     assert results[0][-1].abs().min() > 0
+
+
+def test_attention_transfer_lowers_the_error_of_every_layer(teacher, corpus):
+    from dha.config import DHAConfig
+    from dha.student import Student
+    from dkd_trainer.diffusion import add_noise
+    from dkd_trainer.engine.transfer import transfer_losses
+
+    torch.manual_seed(0)
+    config = DHAConfig(levels=(0,), memory=4, rank=4, router_width=16)
+    student = Student(config, teacher.architecture).start()
+    optimizer = torch.optim.AdamW(student.parameters(), lr=3e-3)
+    latents, context = corpus.read(range(4))
+    t = torch.tensor([100, 400, 700, 900])
+    noisy = add_noise(latents, torch.randn(4, 4, 16, 16), t)
+    first = None
+    for _ in range(20):
+        losses = transfer_losses(teacher, student, noisy, t, context)
+        first = first or {name: value.item() for name, value in losses.items()}
+        optimizer.zero_grad()
+        sum(losses.values()).backward()
+        optimizer.step()
+    assert len([name for name in first if not name.endswith("/routing")]) == 5
+    assert all(losses[name].item() < value for name, value in first.items())
