@@ -14,7 +14,7 @@ from torch import Tensor
 from dha.frequency import BANDS, filter_band
 from dha.whole_file import write_whole
 
-from ..evidence.charts import draw_sheet
+from ..evidence.charts import compose_sheet
 from ..evidence.evaluation import decode_pictures
 from ..evidence.report import Column, tabulate
 from ..evidence.summary import Row, mean_with_error
@@ -188,7 +188,7 @@ def draw_sheets(findings: Findings, teacher: Teacher) -> dict[str, tuple[str, by
         if drawn.task.changed:
             caption = f"{TASKS[drawn.band].capitalize()} at {drawn.size}: " + "; ".join(drawn.task.prompts[:SHOWN])
             rows = list_rows(drawn, teacher, slice(SHOWN))
-            sheets[f"control-{drawn.band}-{drawn.size}.jpg"] = (caption, to_jpeg(draw_sheet(rows)))
+            sheets[f"control-{drawn.band}-{drawn.size}.jpg"] = (caption, to_jpeg(compose_sheet(rows)))
     return sheets
 
 
@@ -199,13 +199,12 @@ def draw_overview(findings: Findings, teacher: Teacher, picks: list[int]) -> byt
         if drawn.task.changed and drawn.size == findings.drawn[0].size:
             columns = [list_rows(drawn, teacher, slice(pick, pick + 1)) for pick in picks]
             rows.append((TASKS[drawn.band], torch.cat([picture for column in columns for _, picture in column])))
-    return to_jpeg(draw_sheet(rows))
+    return to_jpeg(compose_sheet(rows))
 
 
-def to_jpeg(png: bytes) -> bytes:
-    """A picture sheet in a tenth of the bytes."""
+def to_jpeg(picture: Image.Image) -> bytes:
     buffer = io.BytesIO()
-    Image.open(io.BytesIO(png)).convert("RGB").save(buffer, "JPEG", quality=85, optimize=True)
+    picture.save(buffer, "JPEG", quality=85, optimize=True)
     return buffer.getvalue()
 
 

@@ -103,7 +103,12 @@ def draw_dashes(pen, x: float, colour: str) -> None:
 
 
 def draw_sheet(rows: Sequence[tuple[str, Tensor]], scale: int = 1) -> bytes:
-    """A PNG with a named row of pictures (n, 3, H, W), uint8, per subject."""
+    """A PNG of 256 colours of `compose_sheet`."""
+    return to_png(compose_sheet(rows, scale).quantize(256))
+
+
+def compose_sheet(rows: Sequence[tuple[str, Tensor]], scale: int = 1) -> Image.Image:
+    """A picture with a named row of pictures (n, 3, H, W), uint8, per subject."""
     strips = [torch.cat(list(pictures), dim=2).permute(1, 2, 0).numpy() for _, pictures in rows]
     name_width, height = 300, rows[0][1].shape[-2] * scale
     width = name_width + max(strip.shape[1] for strip in strips) * scale
@@ -113,7 +118,7 @@ def draw_sheet(rows: Sequence[tuple[str, Tensor]], scale: int = 1) -> bytes:
         picture = Image.fromarray(strip)
         sheet.paste(picture.resize((picture.width * scale, height)), (name_width, number * height))
         pen.multiline_text((8, number * height + height // 2), break_name(name), "black", font, "lm")
-    return to_png(sheet.quantize(256))
+    return sheet
 
 
 def break_name(name: str, width: int = 34) -> str:
