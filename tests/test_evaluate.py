@@ -197,7 +197,7 @@ def test_official_is_given_the_sparsity_that_costs_as_much():
 def test_an_ablation_trains_and_measures_each_row_once(arguments, pairs, out, monkeypatch):
     from dkd_trainer.evidence import ablation
 
-    more = ["--data", str(pairs), "--seconds", "0.1", "--only", "stages 1+2", "official, rate 1e-06"]
+    more = ["--data", str(pairs), "--seconds", "0.001", "--only", "stages 1+2", "official, rate 1e-06"]
     # as large as the preset has them, the parts of a layer of 64 tokens would cost more than the teacher's
     small = ["--set", "train.batch=2", "--set", "student.memory=4", "--set", "student.rank=4"]
     args = ablation.read_arguments([*arguments, *more, *small])
