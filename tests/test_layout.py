@@ -12,6 +12,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 OURS = {"dha", "dkd_trainer", "nodes", "workflows"}
 NODE_API = {"comfy_api", "comfy_api_nodes"}
+PARTS = ("data", "engine", "mini", "metrics", "evidence", "control")  # of dkd_trainer; each imports those before it
+LONGEST = 300  # lines of a file
 PURE = {"torch", "safetensors", "numpy"} | set(sys.stdlib_module_names)
 
 
@@ -48,6 +50,18 @@ def find_fault(layer: str, relative: bool, module: str) -> str | None:
     if layer != "nodes" and not relative and module in NODE_API:
         return "ComfyUI's node API is for nodes alone"
     return None
+
+
+def find_backward_imports(place: Path, source: str) -> list[str]:
+    """Imports of a file of dkd_trainer that go against the order of its parts; what lies beside them knows none."""
+    own = place.parts[1] if len(place.parts) > 2 else ""
+    allowed = PARTS[: PARTS.index(own) + 1] if own else ()
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            package = [*place.parts[: len(place.parts) - node.level], *filter(None, (node.module or "").split("."))]
+            found |= {[*package, alias.name][1] for alias in node.names}
+    return [f"{place} imports {name}" for name in sorted(found & set(PARTS)) if name not in allowed]
 
 
 def find_faults(place: Path, source: str) -> list[str]:
@@ -110,6 +124,32 @@ def test_a_wrong_import_is_found(place, source):
 )
 def test_a_right_import_passes(place, source):
     assert find_faults(Path(place), source) == []
+
+
+def test_the_parts_of_the_trainer_depend_one_way():
+    files = [file for file in find_sources("dkd_trainer") if file.name != "__main__.py" or file.parent.name in PARTS]
+    assert {file.parent.name for file in files} == {"dkd_trainer", *PARTS}
+    faults = [find_backward_imports(file.relative_to(ROOT), file.read_text(encoding="utf-8")) for file in files]
+    assert not sum(faults, [])
+
+
+@pytest.mark.parametrize(
+    ("place", "source"),
+    [
+        ("dkd_trainer/data/corpus.py", "from ..engine.state import StateFolder"),
+        ("dkd_trainer/engine/loop.py", "def run():\n    from ..evidence import charts"),
+        ("dkd_trainer/engine/loop.py", "from .. import evidence"),
+        ("dkd_trainer/host.py", "from .data.cache import Store"),
+    ],
+)
+def test_an_import_against_the_order_is_found(place, source):
+    assert len(find_backward_imports(Path(place), source)) == 1
+
+
+def test_no_file_of_the_library_is_too_long():
+    files = [file for folder in OURS for file in find_sources(folder)]
+    lengths = {str(file): len(file.read_text(encoding="utf-8").splitlines()) for file in files}
+    assert lengths and not {file: length for file, length in lengths.items() if length > LONGEST}
 
 
 def test_no_file_is_named_for_leftovers():

@@ -1,7 +1,6 @@
 """`python -m dkd_trainer control evaluate`: controls on held-out pictures, with the teacher and with DHA students."""
 
 import argparse
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from torch import Tensor
 from dha.frequency import BANDS
 
 from ..data.pictures import cut_picture
+from ..evidence.commands import run_command
 from ..evidence.comparison import add_arguments
 from ..evidence.evaluation import Sampling
 from ..evidence.hardware import describe_run
@@ -21,7 +21,7 @@ from ..evidence.judges import list_judges
 from ..evidence.kept import Kept, name_code, name_file
 from ..evidence.stopwatch import time_subjects
 from ..evidence.students import read_students
-from ..host import Teacher, ensure_comfy
+from ..host import Teacher
 from ..metrics.captions import ASPECTS
 from ..metrics.features import load_feature_net
 from ..metrics.prompt_score import load_prompt_scorer
@@ -218,12 +218,4 @@ def evaluate(args: argparse.Namespace) -> list[Path]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    args = read_arguments(arguments)
-    try:
-        ensure_comfy(args.comfyui)
-        for path in evaluate(args):
-            print(f"wrote {path}")
-    except KeyboardInterrupt:
-        sys.exit("stopped; the same command goes on from here")
-    except (OSError, ValueError, ImportError) as error:
-        sys.exit(f"dkd_trainer control evaluate: {error}")
+    run_command("control evaluate", evaluate, read_arguments(arguments))

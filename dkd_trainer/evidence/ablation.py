@@ -3,7 +3,6 @@
 import argparse
 import hashlib
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,11 +15,11 @@ from ..data.corpus import open_corpus
 from ..engine.loop import train_student
 from ..engine.occupancy import occupy
 from ..engine.processes import Processes
-from ..engine.state import TrainingStopped
-from ..host import Teacher, ensure_comfy
+from ..host import Teacher
 from ..settings import Settings, assemble_settings, parse_override
 from .ablation_rows import GROUPS, TrainedRow, list_context_rows, list_part_rows, list_stage_rows
 from .attention_cost import count_cost, count_full, match_budget
+from .commands import run_command
 from .comparison import Comparison, add_arguments
 from .pace import plan_steps
 from .report import write_report
@@ -170,15 +169,4 @@ def common_student(args: argparse.Namespace) -> DHAConfig:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    args = read_arguments(arguments)
-    try:
-        ensure_comfy(args.comfyui)
-        for path in run_ablation(args):
-            print(f"wrote {path}")
-    except KeyboardInterrupt:
-        sys.exit("stopped; the same command goes on from here")
-    except TrainingStopped as stopped:
-        print(stopped, file=sys.stderr)
-        sys.exit(128 + stopped.signal_number)
-    except (OSError, ValueError, ImportError, FloatingPointError) as error:
-        sys.exit(f"dkd_trainer ablation: {error}")
+    run_command("ablation", run_ablation, read_arguments(arguments))

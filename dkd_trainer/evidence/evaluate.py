@@ -1,11 +1,11 @@
 """`python -m dkd_trainer evaluate`: teacher, students and peers on held-out pairs, as tables, pictures and plots."""
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..host import ROOT, ensure_comfy
+from ..host import ROOT
+from .commands import run_command
 from .comparison import Comparison, add_arguments
 from .peers import list_peers
 from .report import write_report
@@ -48,12 +48,4 @@ def evaluate(args: argparse.Namespace) -> list[Path]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    args = read_arguments(arguments)
-    try:
-        ensure_comfy(args.comfyui)
-        for path in evaluate(args):
-            print(f"wrote {path}")
-    except KeyboardInterrupt:
-        sys.exit("stopped; the same command goes on from here")
-    except (OSError, ValueError, ImportError) as error:
-        sys.exit(f"dkd_trainer evaluate: {error}")
+    run_command("evaluate", evaluate, read_arguments(arguments))

@@ -1,0 +1,24 @@
+"""How commands that measure end: with the files that they wrote, or with one sentence."""
+
+import argparse
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from ..engine.state import TrainingStopped
+from ..host import ensure_comfy
+
+
+def run_command(name: str, measure: Callable[[argparse.Namespace], Iterable[Path]], args: argparse.Namespace) -> None:
+    """Run `measure` with ComfyUI importable and say what it wrote; ends the process when it is stopped or fails."""
+    try:
+        ensure_comfy(args.comfyui)
+        for path in measure(args):
+            print(f"wrote {path}")
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command goes on from here")
+    except TrainingStopped as stopped:
+        print(stopped, file=sys.stderr)
+        sys.exit(128 + stopped.signal_number)
+    except (OSError, ValueError, ImportError, FloatingPointError) as error:
+        sys.exit(f"dkd_trainer {name}: {error}")
