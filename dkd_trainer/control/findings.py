@@ -23,7 +23,7 @@ from .tasks import Task
 
 FREE = ", no control"
 FORMAT = "dha-control-evaluation"
-SHOWN, GAIN = 8, 4  # pictures of a sheet; how many times larger a difference is shown
+SHOWN, GAIN = 6, 4  # pictures of a sheet; how many times larger a difference is shown
 TASKS = {
     "mini": "style-guided creation",
     "low": "semantic manipulation",
@@ -204,7 +204,7 @@ def draw_overview(findings: Findings, teacher: Teacher, picks: list[int]) -> byt
 
 def to_jpeg(picture: Image.Image) -> bytes:
     buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=85, optimize=True)
+    picture.save(buffer, "JPEG", quality=78, optimize=True)
     return buffer.getvalue()
 
 
