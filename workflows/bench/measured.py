@@ -75,12 +75,16 @@ def list_speeds(document: dict[str, Any]) -> dict[str, dict[str, float]]:
 
 
 def read_errors(path: Path) -> dict[str, float]:
-    """Mean error of the prediction by preset, from an evaluation's JSON in which a row is named for each preset."""
+    """Mean error of the prediction by preset, from an evaluation's JSON with a student at the presets' budgets.
+
+    A row named for a preset counts as its own, too.
+    """
     rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
     presets, errors = import_from_pack("dha.presets").PRESETS, {}
     for name, row in rows.items():
-        for preset in presets:
-            if preset in name.split() and "error mean" in row:
+        for preset, spending in presets.items():
+            has_budget = name.endswith(f", {100 * spending.token_budget:.4g} % of the keys") and "training-free" not in name
+            if (has_budget or preset in name.split()) and "error mean" in row:
                 errors[preset] = round(row["error mean"], 4)
     return errors
 
@@ -104,7 +108,7 @@ def merge(
     for name, error in errors.items():
         presets.setdefault(name, {})["error"] = error
     if errors:
-        note = "Error: of the prediction, relative, on the mini SD-2.1."
+        note = "Error: of the prediction, relative, of the mini SD-2.1's student."
         notes = [line for line in notes if not line.startswith("Error:")] + [note]
     shown = {**presets, **({"notes": notes} if notes else {})}
     return {"format": kept["format"], "command": command, "layers": list(tables.values()), "presets": shown}
@@ -113,7 +117,7 @@ def merge(
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m workflows.bench.measured", description=__doc__)
     parser.add_argument("results", type=Path, nargs="*", help="JSON files of the bench, the one to show last")
-    parser.add_argument("--errors", type=Path, help="JSON of dkd_trainer evaluate with a row for each preset")
+    parser.add_argument("--errors", type=Path, help="JSON of dkd_trainer evaluate --budgets 0.0625 0.125 0.25")
     parser.add_argument("--out", type=Path, default=OUT, help="the file to renew (nodes/measured.json)")
     arguments = parser.parse_args()
     try:

@@ -17,7 +17,7 @@ TITLES = {
     "unpatched": "unpatched",
     "dha-balanced": "DHA, training-free, preset balanced",
     "ceiling": "ceiling: no token mixing at all, projections kept",
-    "student-balanced": "DHA student (router, 16 memory tokens, rank 8, local branch), preset balanced",
+    "student-balanced": "DHA student (router, 16 gathering memory tokens, rank 8, local branch), preset balanced",
     "kv2": "K/V down-sampled by 2, finest level",
     "hypertile": "HyperTile 256 (core node)",
     "tome": "ToMe 0.5 (core node)",
