@@ -83,8 +83,9 @@ def read_errors(path: Path) -> dict[str, float]:
     presets, errors = import_from_pack("dha.presets").PRESETS, {}
     for name, row in rows.items():
         for preset, spending in presets.items():
-            has_budget = name.endswith(f", {100 * spending.token_budget:.4g} % of the keys") and "training-free" not in name
-            if (has_budget or preset in name.split()) and "error mean" in row:
+            ending = f", {100 * spending.token_budget:.4g} % of the keys"
+            is_own = preset in name.split() or (name.endswith(ending) and "training-free" not in name)
+            if is_own and "error mean" in row:
                 errors[preset] = round(row["error mean"], 4)
     return errors
 
