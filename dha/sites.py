@@ -56,9 +56,7 @@ def read_architecture(state: Mapping[str, torch.Tensor]) -> Architecture:
     if found != expected:
         raise ArchitectureError(describe_mismatch(found))
     if state["input_blocks.1.1.proj_in.weight"].ndim != 2:
-        raise ArchitectureError(
-            "this is a Stable Diffusion 1.x UNet (convolutional proj_in); DHA serves 2.x"
-        )
+        raise ArchitectureError("this is a Stable Diffusion 1.x UNet (convolutional proj_in); DHA serves 2.x")
     return Architecture(
         channels={site.name: state[f"{site.name}.to_q.weight"].shape[1] for site in SITES},
         embedding=state["time_embed.2.weight"].shape[0],
