@@ -189,7 +189,7 @@ def test_a_dry_run_says_what_to_expect_and_leaves_nothing(command, tmp_path):
         "time to finish",
     ):
         assert part in output
-    rest = r"[\d.]+ times the teacher alone, [\d.]+ % outside of the models"
+    rest = r"[\d.]+ times the teacher alone \([\d.]+ images/s\), [\d.]+% outside of the models"
     for stage in ("transfer", "imitation", "quality"):
         speed = rf"^{stage}: \d steps, [\d.]+ images/s \([\d.]+ without the cache\), {rest}; "
         assert re.search(speed, output, re.MULTILINE), stage

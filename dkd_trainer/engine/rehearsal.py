@@ -12,14 +12,14 @@ from statistics import median
 
 import torch
 
-from ..data.batches import Corpus, open_pairs
+from ..data.batches import Batch, Corpus, open_pairs
 from ..host import Teacher
 from ..settings import Settings
 from .loop import Training
 from .processes import Processes
 from .stages import Stage
 
-TRIES = 4  # steps per stage; the first one warms up
+TRIES, SECONDS = 4, 3.0  # of a stage at least; the first step warms up
 LIMIT = 32  # pairs that are encoded
 
 
@@ -34,14 +34,12 @@ def rehearse(
         corpus, encoding = time_encoding(teacher, trial, processes)
         training = kind(teacher, corpus, trial, processes)
         lines = describe_training(training)
-        forward, left = time_teacher(training), 0.0
-        lines.append(f"teacher alone: {settings.train.batch / forward:.2f} images/s")
+        left = 0.0
         for stage in training.stages:
             pace = try_stage(training, stage)
             left += pace.seconds * stage.settings.steps
             terms = ", ".join(f"{name} {value:.4f}" for name, value in training.losses.items())
-            speed = pace.describe(settings.train.batch, forward, encoding)
-            lines.append(f"{stage.name}: {stage.settings.steps} steps, {speed}; {terms}")
+            lines.append(f"{stage.name}: {stage.settings.steps} steps, {pace.describe(settings, encoding)}; {terms}")
         lines += [f"peak memory: {measure_memory(teacher.device):.2f} GB", f"time to finish: {left / 60:.1f} minutes"]
     if processes.is_first:
         print("\n".join(lines))
@@ -49,17 +47,22 @@ def rehearse(
 
 @dataclasses.dataclass(frozen=True)
 class Pace:
-    """Seconds of a step as in a run, and how many of them go by outside of the models: batches and states."""
+    """Seconds of a step as in a run, and how many of them go by outside of the models: batches and states.
+
+    `forward` are those of the teacher alone on the same batch.
+    """
 
     seconds: float
     outside: float
+    forward: float
 
-    def describe(self, batch: int, forward: float, encoding: float) -> str:
-        """With the seconds of the teacher's forward on the batch, and of encoding a pair anew."""
-        speeds = [batch / seconds for seconds in (self.seconds, self.seconds + batch * encoding)]
+    def describe(self, settings: Settings, encoding: float) -> str:
+        """What a user may expect, with the seconds that encoding a pair anew takes."""
+        batch = settings.train.batch
+        speeds = [batch / seconds for seconds in (self.seconds, self.seconds + batch * encoding, self.forward)]
         return (
-            f"{speeds[0]:.2f} images/s ({speeds[1]:.2f} without the cache), {self.seconds / forward:.2f} times the "
-            f"teacher alone, {100 * self.outside / self.seconds:.1f} % outside of the models"
+            f"{speeds[0]:.2f} images/s ({speeds[1]:.2f} without the cache), {self.seconds / self.forward:.2f} times "
+            f"the teacher alone ({speeds[2]:.2f} images/s), {self.outside / self.seconds:.1%} outside of the models"
         )
 
 
@@ -92,35 +95,34 @@ def describe_training(training: Training) -> list[str]:
 
 def try_stage(training: Training, stage: Stage) -> Pace:
     """A stage's pace once it is warm, with the next batch read during a step and a state saved now and then."""
-    steps = [min(step, stage.end - 1) for step in range(stage.first, stage.first + TRIES)]
-    times, waits = [], []
+    step, times, waits, forwards = stage.first, [], [], []
     with ThreadPoolExecutor(1) as reader:
-        coming = reader.submit(training.read_step, steps[0])
-        for step, after in zip(steps, [*steps[1:], steps[-1]], strict=True):
+        coming = reader.submit(training.read_step, step)
+        while training.processes.hand_out(len(times) < TRIES or sum(times) < SECONDS):
             begun = time.perf_counter()
             parts = coming.result()
             waits.append(time.perf_counter() - begun)
+            forwards.append(time_teacher(training, parts))  # in turns: other programs slow both down
+            begun = time.perf_counter()
+            after = min(step + 1, stage.end - 1)
             coming = reader.submit(training.read_step, after)
             training.take_step(step, parts)
-            times.append(time.perf_counter() - begun)
+            times.append(waits[-1] + time.perf_counter() - begun)
+            step = after
     begun = time.perf_counter()
     training.save(stage.end)
     saving = (time.perf_counter() - begun) / training.settings.output.save_every
-    return Pace(median(times[1:]) + saving, median(waits[1:]) + saving)
+    return Pace(median(times[1:]) + saving, median(waits[1:]) + saving, median(forwards[1:]))
 
 
 @torch.no_grad()
-def time_teacher(training: Training) -> float:
-    """Seconds of the teacher's forward alone on a whole batch, once it is warm."""
-    parts, times = training.read_step(0), []
-    for _ in range(TRIES):
-        begun = time.perf_counter()
-        bf16 = training.settings.train.precision == "bf16"
-        with torch.autocast(training.teacher.device.type, torch.bfloat16, enabled=bf16):
-            for part in parts:
-                training.teacher.predict(part.noisy, part.t, part.context).sum().item()
-        times.append(time.perf_counter() - begun)
-    return median(times[1:])
+def time_teacher(training: Training, parts: list[Batch]) -> float:
+    """Seconds of the teacher's forward alone."""
+    begun, bf16 = time.perf_counter(), training.settings.train.precision == "bf16"
+    with torch.autocast(training.teacher.device.type, torch.bfloat16, enabled=bf16):
+        for part in parts:
+            training.teacher.predict(part.noisy, part.t, part.context).sum().item()
+    return time.perf_counter() - begun
 
 
 def measure_memory(device: torch.device) -> float:
