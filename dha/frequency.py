@@ -55,16 +55,22 @@ def diagonals(height: int, width: int, device: torch.device | None = None) -> Te
     return torch.arange(height, device=device)[:, None] + torch.arange(width, device=device)
 
 
+def band_mask(band: str, height: int, width: int, scaled: bool = True, device: torch.device | None = None) -> Tensor:
+    """Which coefficients a band keeps, bool (h, w); raises ValueError for an unknown band."""
+    first, last = band_limits(band, height, width, scaled)
+    place = diagonals(height, width, device)
+    return (place >= first) & (place <= last)
+
+
 def filter_band(z: Tensor, band: str, seed: int = 0, scaled: bool = True) -> Tensor:
     """What a band keeps of latents z (B, C, h, w); `mini` also shuffles each diagonal by `seed`.
 
     Raises ValueError for an unknown band.
     """
     height, width = z.shape[-2:]
-    first, last = band_limits(band, height, width, scaled)
-    place = diagonals(height, width, z.device)
-    kept = dct2(z.to(computed_type(z))) * ((place >= first) & (place <= last))
+    kept = dct2(z.to(computed_type(z))) * band_mask(band, height, width, scaled, z.device)
     if band == "mini":
+        last = band_limits(band, height, width, scaled)[1]
         order = shuffle_diagonals(height, width, last, seed).to(z.device)
         kept = kept.flatten(-2)[..., order].view(kept.shape)
     return idct2(kept).to(z.dtype)

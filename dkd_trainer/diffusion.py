@@ -17,6 +17,12 @@ def add_noise(latents: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> to
     return a.sqrt() * latents + (1 - a).sqrt() * noise
 
 
+def shift_timesteps(t: torch.Tensor, shift: float) -> torch.Tensor:
+    """Integers t (B,) from 0 to 999 moved towards the noise: s t / (1 + (s - 1) t) of 1 (arXiv 2403.03206, eq. 23)."""
+    part = (t.double() + 0.5) / 1000
+    return (1000 * shift * part / (1 + (shift - 1) * part)).long()
+
+
 def training_target(latents: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, kind: str) -> torch.Tensor:
     """What the model should predict: the noise (`eps`) or v = sqrt(a) e - sqrt(1 - a) x_0 (arXiv 2202.00512)."""
     if kind == "eps":

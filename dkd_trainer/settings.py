@@ -99,7 +99,10 @@ class ImitationSettings:
 
 @dataclasses.dataclass(frozen=True)
 class TrainSettings:
-    """How a step is made. `batch` counts the samples of a step over all processes and `accumulation` parts."""
+    """How a step is made. `batch` counts the samples of a step over all processes and `accumulation` parts.
+
+    `timestep_shift` above 1 draws more of the noisy timesteps, below 1 more of the clean ones.
+    """
 
     batch: int = whole(16, 1)
     accumulation: int = whole(1, 1)
@@ -111,6 +114,7 @@ class TrainSettings:
     ema: float = real(0.99, 0.0, 0.99999)
     budgets: tuple[float, ...] = reals((0.5, 1.0, 1.0, 2.0), (), 0.01, "factors of student.token_budget")
     empty_prompts: float = real(0.2, 0.0, 1.0)
+    timestep_shift: float = real(1.0, above=True)
 
 
 @dataclasses.dataclass(frozen=True)

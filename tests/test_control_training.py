@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from dha.control import PREFIX, FCNet
 from dha.control_file import ControlConfig, load_control, read_published
 from dha.control_weights import merge_weights
-from dha.frequency import filter_band
+from dha.frequency import BANDS, band_mask, filter_band, idct2
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = {
@@ -123,6 +123,31 @@ def test_training_brings_the_loss_below_the_uncontrolled_teachers(teacher, corpu
     record = json.loads(settings.out.with_suffix(".json").read_text())
     assert record["validation"] == training.errors and record["bytes"] == settings.out.stat().st_size
     assert all(torch.equal(tensor, before[name]) for name, tensor in teacher.unet.state_dict().items())
+
+
+def test_the_error_in_the_own_band_counts_as_often_as_its_weight_says(make_settings, prepare):
+    gradients = {}
+    for weight in (0.0, 1.0, 3.0):
+        training = prepare(make_settings(control__own_band=weight, train__clip=0.0))
+        training.take_step(0, training.read_step(0))
+        assert training.losses.keys() == {"noise", "band"}
+        gradients[weight] = torch.cat([weight.grad.flatten() for weight in training.parameters])
+    band = gradients[1.0] - gradients[0.0]
+    assert band.norm() > 0.1 * gradients[0.0].norm()
+    torch.testing.assert_close(gradients[3.0], gradients[0.0] + 3 * band, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("band", BANDS)
+def test_the_error_of_a_band_is_blind_to_all_other_coefficients(band):
+    from dkd_trainer.control.training import band_error
+
+    kept = band_mask(band, 16, 24)
+    coefficients = torch.randn(2, 4, 16, 24, generator=torch.Generator().manual_seed(0))
+    inside, outside = (idct2(coefficients * mask) for mask in (kept, ~kept))
+    expected = coefficients[..., kept].square().mean()
+    torch.testing.assert_close(band_error(inside, band), expected)
+    torch.testing.assert_close(band_error(inside + outside, band), expected)
+    assert band_error(outside, band) < 1e-10
 
 
 def test_checkpointing_changes_no_gradient(teacher, corpus):

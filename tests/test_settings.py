@@ -3,6 +3,7 @@
 import dataclasses
 
 import pytest
+import torch
 
 from dkd_trainer.__main__ import read_arguments, read_settings
 from dkd_trainer.fields import SettingsError
@@ -110,3 +111,16 @@ def test_what_decides_the_weights_holds_no_path():
     settings = read("--work", "secret", "--held-out", "secret", "--teacher", "secret")
     settings = dataclasses.replace(settings, data=dataclasses.replace(settings.data, path="secret"))
     assert "secret" not in str(settings.describe_run())
+
+
+def test_shifted_timesteps_lean_towards_the_noise_and_stay_in_range():
+    from dkd_trainer.diffusion import shift_timesteps
+
+    t = torch.arange(1000)
+    assert torch.equal(shift_timesteps(t, 1.0), t)
+    for shift in (0.2, 3.0, 50.0):
+        moved = shift_timesteps(t, shift)
+        assert moved.min() >= 0 and moved.max() <= 999 and (moved.diff() >= 0).all()
+        assert (moved.float().mean() > 499.5) == (shift > 1)
+    median = int(shift_timesteps(torch.tensor([500]), 3.0))
+    assert median == 750  # 3 / 2 of one half over 1 + 2 / 2

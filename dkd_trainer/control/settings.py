@@ -21,10 +21,15 @@ from ..settings import (
 
 @dataclasses.dataclass(frozen=True)
 class BranchSettings:
-    """The branch: its band, the rank of its changes to the teacher's encoder (0 trains all weights), how it learns."""
+    """The branch: its band, the rank of its changes to the teacher's encoder (0 trains all weights), how it learns.
+
+    `own_band` is the weight of the error in the band's own coefficients: a band that is few of them, as `mini` and
+    `low` are, would hardly count in the error of all.
+    """
 
     band: str = choice("low", *BANDS)
     rank: int = whole(8)
+    own_band: float = real(1.0)
     steps: int = whole(4000)
     rate: float = real(2e-3, above=True)
     schedule: str = choice("cosine", "cosine", "constant")

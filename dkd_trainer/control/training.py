@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dha.control_file import ControlConfig, save_control
-from dha.frequency import filter_band
+from dha.frequency import band_mask, dct2, filter_band
 from dha.whole_file import write_whole
 
 from ..data.batches import Batch, Corpus
@@ -45,15 +45,20 @@ class ControlStage(Stage):
     """The only stage: the steered teacher learns to find the noise in pictures of which it is shown a band."""
 
     def weights(self, step: int) -> dict[str, float]:
-        return {"noise": 1.0}
+        return {"noise": 1.0, "band": self.settings.own_band}
 
     def measure(self, teacher: Teacher, student: TrainedBranch, batch: Batch, checkpointing: bool) -> dict[str, Tensor]:
-        """Mean squared error of the prediction, with gradients to the branch alone."""
-        band = filter_band(batch.latents, student.config.band, seed=batch.seed)
+        """Mean squared error of the prediction, and of its coefficients in the band, with gradients to the branch."""
+        name = student.config.band
+        band = filter_band(batch.latents, name, seed=batch.seed)
         found = teacher.predict(batch.noisy, batch.t, batch.context, student.as_options(band, checkpointing))
-        return {
-            "noise": F.mse_loss(found, training_target(batch.latents, batch.noise, batch.t.cpu(), teacher.prediction))
-        }
+        target = training_target(batch.latents, batch.noise, batch.t.cpu(), teacher.prediction)
+        return {"noise": F.mse_loss(found, target), "band": band_error(found - target, name)}
+
+
+def band_error(difference: Tensor, band: str) -> Tensor:
+    """Mean square of the coefficients (B, 4, h, w) of a difference that a band keeps."""
+    return dct2(difference)[..., band_mask(band, *difference.shape[-2:], device=difference.device)].square().mean()
 
 
 class ControlTraining(Training):
@@ -96,19 +101,23 @@ class ControlExamination(Examination):
 
     @torch.no_grad()
     def measure_errors(self, student: TrainedBranch) -> dict[str, float]:
-        """Squared error of the steered prediction over the unsteered one's, by timesteps, and both errors' means."""
-        generator, device = torch.Generator().manual_seed(5), self.teacher.device
-        errors, sums = {}, {"steered": 0.0, "unsteered": 0.0}
-        options = student.as_options(filter_band(self.latents.to(device), student.config.band, SHEET_SEED))
+        """Squared error of the steered prediction over the unsteered one's, by timesteps, and the means of both.
+
+        `band` is the same ratio in the coefficients of the band alone, over all timesteps.
+        """
+        generator, device, band = torch.Generator().manual_seed(5), self.teacher.device, student.config.band
+        errors, found = {}, []
+        options = student.as_options(filter_band(self.latents.to(device), band, SHEET_SEED))
         for low, high in TIME_BANDS:
             t = torch.randint(low, high, (len(self.latents),), generator=generator)
             noisy = add_noise(self.latents, self.noise, t)
             target = training_target(self.latents, self.noise, t, self.teacher.prediction).to(device)
             moved = [tensor.to(device) for tensor in (noisy, t, self.context)]
-            steered, unsteered = (F.mse_loss(self.teacher.predict(*moved, o), target).item() for o in (options, {}))
-            errors[f"{low}-{high}"] = steered / unsteered
-            sums = {"steered": sums["steered"] + steered, "unsteered": sums["unsteered"] + unsteered}
-        return {**errors, **{name: value / len(TIME_BANDS) for name, value in sums.items()}}
+            off = [self.teacher.predict(*moved, o) - target for o in (options, {})]
+            found.append([(o.square().mean().item(), band_error(o, band).item()) for o in off])
+            errors[f"{low}-{high}"] = found[-1][0][0] / found[-1][1][0]
+        (steered, inside), (unsteered, outside) = torch.tensor(found).mean(0).tolist()
+        return {**errors, "band": inside / outside, "steered": steered, "unsteered": unsteered}
 
     @torch.no_grad()
     def draw_sheet(self, student: TrainedBranch) -> Tensor:

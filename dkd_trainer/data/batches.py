@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dha.student import Student
 
-from ..diffusion import add_noise
+from ..diffusion import add_noise, shift_timesteps
 from ..host import Teacher
 from ..settings import Settings
 from .corpus import open_corpus
@@ -99,7 +99,7 @@ class Sampler:
         size = list(self.buckets)[int((place >= self.ends).sum())]
         members, budgets = self.buckets[size], self.budgets[size]
         picks = torch.randint(len(members), (train.batch,), generator=generator)
-        t = torch.randint(0, 1000, (train.batch,), generator=generator)
+        t = shift_timesteps(torch.randint(0, 1000, (train.batch,), generator=generator), train.timestep_shift)
         dropped = torch.rand(train.batch, generator=generator) < train.empty_prompts
         budget = budgets[int(torch.randint(len(budgets), (), generator=generator))]
         low, high = guidance or (1.0, 1.0)
