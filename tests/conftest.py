@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from control_files import draw_source, load, steer
 
 from dha.checkpoint import save_student
 from dha.config import DHAConfig
@@ -234,3 +235,19 @@ def net() -> torch.nn.Module:
 def module(pack):
     """A module of the loaded pack's `nodes`, by name."""
     return lambda name: sys.modules[f"{pack.__name__}.nodes.{name}"]
+
+
+@pytest.fixture(scope="module")
+def control(studio):
+    return load(studio, "low")
+
+
+@pytest.fixture(scope="module")
+def source():
+    return draw_source()
+
+
+@pytest.fixture(scope="module")
+def steered(studio, control, source):
+    """What the control alone draws."""
+    return studio.draw(steer(studio, control, source))

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from conftest import TRAINED, make_student, relate
-from test_control_nodes import draw_source, load, predict, steer, write_control
+from control_files import draw_source, load, predict, steer, write_control
 
 from dha.config import DHAConfig
 from dha.control import FCNet, apply_pairs

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_student, relate
+from control_files import write_control
 from PIL import Image
-from test_control_nodes import write_control
 
 from dha.control_file import load_control
 from dha.frequency import BANDS, filter_band

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_control_nodes import write_control
+from control_files import write_control
 
 from workflows.control_graphs import TASKS, compare_steered, show_band, steer
 from workflows.graphs import CHECKPOINT, STUDENT, Picture

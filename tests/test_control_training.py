@@ -3,17 +3,15 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import relate
+from control_files import steer
 from safetensors.torch import load_file
 
-from dha.control import PREFIX, FCNet
-from dha.control_file import ControlConfig, load_control, read_published
+from dha.control_file import ControlConfig, load_control
 from dha.control_weights import merge_weights
 from dha.frequency import BANDS, band_mask, filter_band, idct2
 
@@ -230,7 +228,8 @@ def test_the_host_draws_what_the_trainer_trained(studio, teacher, corpus, make_s
     path = studio.base / "models" / "dha_control" / "trained.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(settings.out.read_bytes())
-    model = apply(studio, path, teacher.model.model.process_latent_out(corpus.read([0])[0]))
+    control = studio.call("DHALoadFrequencyControl", control_name=path.name)
+    model = steer(studio, control, teacher.model.model.process_latent_out(corpus.read([0])[0]))
     x, context = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(1)), corpus.read([0])[1]
     options = average.as_options(filter_band(corpus.read([0])[0], "low"))
     expected = predict_in_host(studio.model, x, context, options)
@@ -239,71 +238,8 @@ def test_the_host_draws_what_the_trainer_trained(studio, teacher, corpus, make_s
     assert relate(predict_in_host(model, x, context, ours), expected) < 2e-3, "more than fp16 in the file explains"
 
 
-def apply(studio, path, source):
-    control = studio.call("DHALoadFrequencyControl", control_name=path.name)
-    settings = {"strength": 1.0, "start_percent": 0.0, "end_percent": 1.0, "shuffle_seed": 0}
-    return studio.call(
-        "DHAApplyFrequencyControl", model=studio.model, control=control, source={"samples": source}, **settings
-    )
-
-
 @torch.inference_mode()
 def predict_in_host(model, x, context, options):
     sigma = torch.full((len(x),), 1.0)
     options = {**options, "cond_or_uncond": [0], "sigmas": sigma[:1]}
     return model.model.apply_model(x, sigma, c_crossattn=context, transformer_options=options)
-
-
-def write_published(teacher, path: Path) -> dict[str, torch.Tensor]:
-    """A checkpoint of the published form with a branch for the mini teacher."""
-    from dkd_trainer.control.branch import TrainedBranch
-
-    weights = TrainedBranch(teacher, ControlConfig("high", 0)).named_weights()
-    state = {PREFIX + name: 1.1 * tensor.detach() + 0.01 for name, tensor in weights.items()}
-    unet = {f"model.diffusion_model.{name}": tensor for name, tensor in teacher.unet.state_dict().items()}
-    torch.save({"state_dict": {**state, **unet}, "global_step": 1}, path)
-    return state
-
-
-def test_a_published_checkpoint_is_converted_and_drawn_with(studio, teacher, tmp_path):
-    from dkd_trainer.control.command import main
-
-    state = write_published(teacher, tmp_path / "published.ckpt")
-    path = studio.base / "models" / "dha_control" / "published.safetensors"
-    main(["convert", str(tmp_path / "published.ckpt"), "--band", "high", "--out", str(path)])
-    assert read_published(tmp_path / "published.ckpt", "high").teacher == teacher.fingerprint
-    control = load_control(path)
-    assert control.config == ControlConfig("high", 0) and control.teacher == teacher.fingerprint
-    assert all(torch.equal(tensor, state[PREFIX + name].half()) for name, tensor in control.weights.items())
-    (branch,) = apply(studio, path, torch.zeros(1, 4, 16, 16)).get_additional_models()
-    assert isinstance(branch.model, torch.nn.Module) and type(branch.model).__name__ == FCNet.__name__
-    found = branch.model.state_dict()
-    assert all(torch.equal(found[name].half(), tensor.cpu()) for name, tensor in control.weights.items())
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["--data", "d"], "--out is missing"),
-        (["--out", "c.safetensors"], "--data is missing"),
-        (["--data", "d", "--out", "c.ckpt"], "expected a name ending in .safetensors"),
-        (["--data", "d", "--out", "c.safetensors", "--band", "medium"], "'control.band' is 'medium'"),
-        (["--data", "d", "--out", "c.safetensors", "--set", "control.ranks=3"], "the nearest that exists is"),
-        (["convert", "absent.ckpt", "--band", "low", "--out", "c.safetensors"], "absent.ckpt does not exist"),
-    ],
-)
-def test_a_wrong_command_is_refused_by_what_is_wrong(arguments, words):
-    from dkd_trainer.control.command import main
-
-    with pytest.raises(ValueError, match=words):
-        main(arguments)
-
-
-def test_the_trainers_command_passes_on_to_it_and_an_error_is_one_line(tmp_path):
-    paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, "-m", "dkd_trainer", "control", "convert", "a.ckpt", "--band", "low", "--out", "c.ckpt"]
-    done = subprocess.run(
-        command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True
-    )
-    assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert done.stderr.strip().splitlines()[-1].startswith("dkd_trainer: the control file is to be 'c.ckpt'")
