@@ -15,13 +15,6 @@ from dha.control_file import ControlConfig, load_control, read_published
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.fixture(scope="module")
-def teacher(studio):
-    from dkd_trainer.host import Teacher
-
-    return Teacher(studio.checkpoint, torch.device("cpu"))
-
-
 def write_published(teacher, path: Path) -> dict[str, torch.Tensor]:
     """A checkpoint of the published form with a branch for the mini teacher."""
     from dkd_trainer.control.branch import TrainedBranch

@@ -22,13 +22,6 @@ CAPTIONS = (
 
 
 @pytest.fixture(scope="module")
-def teacher(studio):
-    from dkd_trainer.host import Teacher
-
-    return Teacher(studio.checkpoint, torch.device("cpu"))
-
-
-@pytest.fixture(scope="module")
 def branch(studio, teacher):
     from dkd_trainer.control.steering import FrozenBranch
 

@@ -30,13 +30,6 @@ TINY = {
 
 
 @pytest.fixture(scope="module")
-def teacher(studio):
-    from dkd_trainer.host import Teacher
-
-    return Teacher(studio.checkpoint, torch.device("cpu"))
-
-
-@pytest.fixture(scope="module")
 def corpus(teacher):
     """Eight pictures of four large patches, so that a low band tells nearly all of them."""
     from conftest import TensorCorpus

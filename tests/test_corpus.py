@@ -22,13 +22,6 @@ SIZE = 64
 SMALL = Effort(batch=2, rows=2, quiet=True)  # several shards of a few pictures
 
 
-@pytest.fixture(scope="module")
-def teacher(studio):
-    from dkd_trainer.host import Teacher
-
-    return Teacher(studio.checkpoint, torch.device("cpu"))
-
-
 def write_pair(folder, number, shape=(80, 80), prompt=None, seed=None):
     """A picture of coarse noise, which no two seeds share, with its prompt."""
     rng = np.random.default_rng(number if seed is None else seed)

@@ -23,13 +23,6 @@ WIDTH = 32  # of the mini UNet's heads
 
 
 @pytest.fixture(scope="module")
-def teacher(studio):
-    from dkd_trainer.host import Teacher
-
-    return Teacher(studio.checkpoint, torch.device("cpu"))
-
-
-@pytest.fixture(scope="module")
 def published(teacher):
     """A published student's UNet weights under their full names, its decoder trained too, and its other parts."""
     generator = torch.Generator().manual_seed(3)

@@ -30,23 +30,6 @@ TINY = {
 
 
 @pytest.fixture(scope="module")
-def teacher(studio):
-    from dkd_trainer.host import Teacher
-
-    return Teacher(studio.checkpoint, torch.device("cpu"))
-
-
-@pytest.fixture(scope="module")
-def corpus(teacher):
-    from conftest import TensorCorpus
-
-    generator = torch.Generator().manual_seed(0)
-    context = torch.cat([teacher.encode_prompts([p]) for p in ("red apple", "octopus")] * 4)
-    latents = torch.nn.functional.interpolate(torch.randn(8, 4, 4, 4, generator=generator), scale_factor=4)
-    return TensorCorpus({"latents": latents, "context": context, "empty": teacher.encode_prompts([""])})
-
-
-@pytest.fixture(scope="module")
 def controls(teacher, tmp_path_factory):
     """Two control files as if trained: each steers visibly, in its own way."""
     return [write_control(teacher, tmp_path_factory.mktemp("controls"), band) for band in ("mini", "high")]

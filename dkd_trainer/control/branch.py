@@ -16,6 +16,11 @@ from ..host import Teacher
 PARTS = ("time_embed", "input_blocks", "middle_block")
 
 
+def build_branch(teacher: Teacher) -> FCNet:
+    """An FCNet of copies of a teacher's layers."""
+    return FCNet(SimpleNamespace(**{part: copy.deepcopy(getattr(teacher.unet, part)) for part in PARTS}))
+
+
 class Frame(nn.Module):
     """FCNet as one call from a band of the source to the pairs; its names are the published ones."""
 
@@ -36,8 +41,7 @@ class TrainedBranch(nn.Module):
         self.config = config
         state = teacher.unet.state_dict()
         base = {name: tensor for name, tensor in state.items() if name.startswith(ENCODER)}
-        layers = {part: copy.deepcopy(getattr(teacher.unet, part)) for part in PARTS}
-        branch = FCNet(SimpleNamespace(**layers))
+        branch = build_branch(teacher)
         weights = start_weights(branch, base, config.rank)
         self.weights = nn.ParameterDict({name.replace(".", "/"): tensor for name, tensor in weights.items()})
         self.shared = [Frame(branch.to("meta")), base]  # in a list: neither counts as a part of this module

@@ -13,7 +13,7 @@ from dha.frequency import BANDS
 
 from ..data.pictures import cut_picture
 from ..evidence.commands import run_command
-from ..evidence.comparison import add_arguments
+from ..evidence.comparison import add_arguments, describe_circumstances
 from ..evidence.evaluation import Sampling
 from ..evidence.hardware import describe_run
 from ..evidence.held_out import HeldOut, open_held_out, to_bytes
@@ -85,7 +85,7 @@ class ControlComparison:
         self.judges, self.missing = self.list_judges()
         cache = args.out / "cache"
         self.held_out = open_held_out(args.held_out, self.teacher, cache, args.size, args.skip, args.count)
-        self.kept = Kept(args.out / "kept", self.describe_circumstances())
+        self.kept = Kept(args.out / "kept", describe_circumstances(args, self.held_out, name_code(CODE)))
 
     def list_judges(self) -> tuple[dict, dict[str, str]]:
         """Functions by what they need, the scorer's by aspect, and by name why a metric is missing."""
@@ -101,18 +101,6 @@ class ControlComparison:
 
             judges["alone"]["aspects"] = score
         return judges, missing
-
-    def describe_circumstances(self) -> dict:
-        """Everything that decides what is measured of any variant."""
-        files = [file for file in (self.args.teacher, self.args.scorer, self.args.clip_weights) if file is not None]
-        return {
-            "files": [name_file(file) for file in files],
-            "pairs": self.held_out.identity,
-            "sampling": asdict(self.sampling),
-            "clip_model": self.args.clip_model,
-            "device": self.teacher.device.type,
-            "code": name_code(CODE),
-        }
 
     def list_models(self) -> Iterator[Variant]:
         """The teacher and the students, unsteered."""

@@ -1,8 +1,6 @@
 """A finished control on a bare teacher: its merged weights, and options that steer by source pictures."""
 
-import copy
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -14,14 +12,14 @@ from dha.control_weights import ENCODER, merge_weights
 from dha.frequency import filter_band
 
 from ..host import Teacher
-from .branch import PARTS
+from .branch import build_branch
 
 
 class FrozenBranch:
     """A control's file with its branch on a teacher; raises ControlFileError when the two do not fit."""
 
     def __init__(self, name: str, control: ControlFile, teacher: Teacher):
-        self.name, self.control, self.branch = name, control, build_branch(teacher)
+        self.name, self.control, self.branch = name, control, build_frozen(teacher)
         check_control(name, control, self.branch, teacher.architecture)
         state = teacher.unet.state_dict()
         base = {name: tensor for name, tensor in state.items() if name.startswith(ENCODER)}
@@ -34,7 +32,7 @@ class FrozenBranch:
 
     def fit(self, teacher: Teacher) -> FCNet:
         """The branch, or for a teacher of other widths an untrained one, which is as fast."""
-        return self.branch if teacher.architecture == self.control.architecture else build_branch(teacher)
+        return self.branch if teacher.architecture == self.control.architecture else build_frozen(teacher)
 
     def as_options(
         self, teacher: Teacher, sources: Tensor, strength: float = 1.0, seed: int = 0, inner: dict | None = None
@@ -54,10 +52,9 @@ class FrozenBranch:
         return control_options(steer)
 
 
-def build_branch(teacher: Teacher) -> FCNet:
-    """An FCNet of copies of a teacher's layers."""
-    layers = {part: copy.deepcopy(getattr(teacher.unet, part)) for part in PARTS}
-    return FCNet(SimpleNamespace(**layers)).to(teacher.device).eval().requires_grad_(False)
+def build_frozen(teacher: Teacher) -> FCNet:
+    """An untrained branch on the teacher's device."""
+    return build_branch(teacher).to(teacher.device).eval().requires_grad_(False)
 
 
 def read_branches(files: list[Path], teacher: Teacher) -> dict[str, FrozenBranch]:

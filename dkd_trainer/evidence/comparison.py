@@ -10,7 +10,7 @@ from torch import Tensor
 from ..host import ROOT, Teacher
 from .evaluation import SHOWN, Sampling, judge_pictures, measure_subject
 from .hardware import describe_run
-from .held_out import open_held_out
+from .held_out import HeldOut, open_held_out
 from .judges import list_judges
 from .kept import Kept, name_code, name_file
 from .report import Report
@@ -44,6 +44,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--out", type=Path, required=True, help="folder for the results; the same command goes on where it stopped")
 
 
+def describe_circumstances(args: argparse.Namespace, held_out: HeldOut, code: str) -> dict:
+    """Everything that decides what is measured of any subject, from the options of `add_arguments`."""
+    files = [file for file in (args.teacher, args.scorer, args.clip_weights) if file is not None]
+    return {
+        "files": [name_file(file) for file in files],
+        "pairs": held_out.identity,
+        "sampling": asdict(Sampling(args.steps, args.cfg, args.batch)),
+        "clip_model": args.clip_model,
+        "device": torch.device(args.device).type,
+        "code": code,
+    }
+
+
 class Comparison:
     """Subjects measured one after the other against the same teacher; raises DataError, FileNotFoundError, ImportError.
 
@@ -56,7 +69,8 @@ class Comparison:
         self.teacher = Teacher(args.teacher, torch.device(args.device))
         cache = args.out / "cache"
         self.held_out = open_held_out(args.held_out, self.teacher, cache, args.size, args.skip, args.count)
-        self.kept = Kept(args.out / "kept", self.describe_circumstances())
+        common = describe_circumstances(args, self.held_out, name_code())
+        self.kept = Kept(args.out / "kept", common | {"missing": sorted(self.missing)})
         self.subjects: list[Subject] = []
         self.rows: dict[str, Row] = {}
         self.sheet: list[tuple[str, Tensor]] = []
@@ -64,19 +78,6 @@ class Comparison:
         self.real = judge_pictures(held_out.pictures, held_out.latents, held_out.prompts, alone, None)
         self.reference: dict[str, Tensor] | None = None
         self.reference = self.measure(Subject("teacher", "teacher"))
-
-    def describe_circumstances(self) -> dict:
-        """Everything that decides what is measured of any subject."""
-        files = [file for file in (self.args.teacher, self.args.scorer, self.args.clip_weights) if file is not None]
-        return {
-            "files": [name_file(file) for file in files],
-            "pairs": self.held_out.identity,
-            "sampling": asdict(self.sampling),
-            "clip_model": self.args.clip_model,
-            "missing": sorted(self.missing),
-            "device": self.teacher.device.type,
-            "code": name_code(),
-        }
 
     def measure(self, subject: Subject) -> dict[str, Tensor]:
         """Measure a subject, or read what was kept of it, and add its row."""
