@@ -43,7 +43,7 @@ class CompareModels(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id="CompareModels",
+            node_id="DHACompareModels",
             display_name="Compare Models",
             category="DHA/compare",
             description="Samples the same prompt and seed through two models, as KSampler would, and times both: each "

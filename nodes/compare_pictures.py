@@ -18,7 +18,7 @@ class ComparePictures(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id="ComparePictures",
+            node_id="DHAComparePictures",
             display_name="Compare Pictures",
             category="DHA/compare",
             description="Two pictures under a slider, one over the other in turns, or their amplified difference; "

@@ -109,7 +109,7 @@ def test_compare_pictures_shows_both_pictures_in_one_place(frontend):
     frontend.load(read("compare-quality.json"))
     frontend.queue()
     assert frontend.finish() == "execution_success"
-    frontend.zoom("ComparePictures")
+    frontend.zoom("DHAComparePictures")
     student = page.locator(".dha-over")
     stage = page.locator(".dha-stage").bounding_box()
     # From the node's title to the picture, without the seconds below it: those of so small a picture say nothing.

@@ -54,7 +54,7 @@ def compare_colours(first: int, second: int, sizes=((16, 16), (16, 16)), **input
         str(key): node("EmptyImage", width=width, height=height, batch_size=1, color=colour)
         for key, (width, height), colour in zip((1, 2), sizes, (first, second), strict=True)
     }
-    return graph | {"3": node("ComparePictures", original=["1", 0], student=["2", 0], **inputs)}
+    return graph | {"3": node("DHAComparePictures", original=["1", 0], student=["2", 0], **inputs)}
 
 
 def plain(graph):
@@ -128,7 +128,7 @@ def test_cancel_stops_the_run_and_the_server_goes_on(server):
         if key == "7" and value == 3:
             server.interrupt()
 
-    with pytest.raises(ServerError, match="cancelled in CompareModels"):
+    with pytest.raises(ServerError, match="cancelled in DHACompareModels"):
         run(server, graph, on_progress=cancel)
     assert json.loads(run(server, compare_colours(0, 0)).text("3"))["identical"]
 

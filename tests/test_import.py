@@ -62,4 +62,4 @@ def test_says_nothing(loaded):
 
 
 def test_every_node_is_there(loaded):
-    assert set(loaded["nodes"]) >= {"LoadDHAStudent", "ApplyDHA", "CompareModels", "ComparePictures"}
+    assert set(loaded["nodes"]) >= {"LoadDHAStudent", "ApplyDHA", "DHACompareModels", "DHAComparePictures"}

@@ -4,7 +4,7 @@ import { element, makeReport } from './report.js'
 import { Slider } from './slider.js'
 
 // Pixels that a node's results need; a slider takes what there is.
-const HEIGHT = { CompareModels: 190, ComparePictures: 480, DHABenchmark: 200, DHARoutingMap: 175, DKDTrain: 210 }
+const HEIGHT = { DHACompareModels: 190, DHAComparePictures: 480, DHABenchmark: 200, DHARoutingMap: 175, DKDTrain: 210 }
 
 function addStyle() {
   const style = element('link', '')
@@ -14,7 +14,7 @@ function addStyle() {
 }
 
 function addView(node, kind) {
-  const slider = kind === 'ComparePictures' ? new Slider() : null
+  const slider = kind === 'DHAComparePictures' ? new Slider() : null
   const report = element('div', 'dha-report')
   const root = element('div', 'dha-view', ...(slider ? [slider.root] : []), report)
   const widget = node.addDOMWidget('dha_view', 'dha_view', root, {

@@ -84,12 +84,12 @@ def compare_steered(
     sampling = {**picture.sampling(["4", 0]), "seed": picture.seed + 1}
     graph |= {
         "16": apply_control(["1", 0], strength),
-        "17": node("CompareModels", original=["16", 0], student=["15", 0], **sampling, repeats=1),
+        "17": node("DHACompareModels", original=["16", 0], student=["15", 0], **sampling, repeats=1),
         "18": node("VAEDecode", samples=["17", 0], vae=["1", 2]),
         "19": node("VAEDecode", samples=["17", 1], vae=["1", 2]),
         "20": node("PreviewImage", images=["18", 0]),
         "21": node("PreviewImage", images=["19", 0]),
-        "22": node("ComparePictures", original=["18", 0], student=["19", 0], amplify=4.0, report=["17", 2]),
+        "22": node("DHAComparePictures", original=["18", 0], student=["19", 0], amplify=4.0, report=["17", 2]),
         "23": node("SaveImage", images=["22", 0], filename_prefix="dha-control"),
     }
     return graph

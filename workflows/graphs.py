@@ -86,7 +86,7 @@ def time_models(
     graph = prepare(checkpoint, picture)
     patched = add_student(graph, student, settings)
     sampling = picture.sampling(["4", 0])
-    graph["7"] = node("CompareModels", original=["1", 0], student=patched, **sampling, repeats=repeats)
+    graph["7"] = node("DHACompareModels", original=["1", 0], student=patched, **sampling, repeats=repeats)
     return graph
 
 
@@ -98,7 +98,7 @@ def compare(checkpoint: str, picture: Picture, student: str | None = None, **set
         "9": node("VAEDecode", samples=["7", 1], vae=["1", 2]),
         "10": node("PreviewImage", images=["8", 0]),
         "11": node("PreviewImage", images=["9", 0]),
-        "12": node("ComparePictures", original=["8", 0], student=["9", 0], amplify=4.0, report=["7", 2]),
+        "12": node("DHAComparePictures", original=["8", 0], student=["9", 0], amplify=4.0, report=["7", 2]),
         "13": node("SaveImage", images=["12", 0], filename_prefix="dha-compare"),
     }
     return graph
