@@ -1,11 +1,15 @@
 """What a result has to name beside it: the command, the commit and the versions that made it."""
 
 import platform
+import re
 import shlex
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+ABSOLUTE = re.compile(r"""(?:^|(?<=[=,\["']))(?:/|[A-Za-z]:[\\/])[^,"'\]]+""")  # within an argument
 
 
 def current_commit() -> str:
@@ -21,9 +25,17 @@ def current_commit() -> str:
 
 
 def current_command(module: str) -> str:
-    """The command line that runs now, with absolute paths cut to their last part: it goes into records for others."""
-    arguments = [Path(a).name if Path(a).is_absolute() else a for a in sys.argv[1:]]
-    return shlex.join(["python", "-m", module, *arguments])
+    """The command line that runs now without the places of this machine: it goes into records for others.
+
+    Absolute paths start at the repository's root where they are in it, and else are cut to their last part.
+    """
+    return shlex.join(["python", "-m", module, *(ABSOLUTE.sub(cut_path, argument) for argument in sys.argv[1:])])
+
+
+def cut_path(found: re.Match[str]) -> str:
+    """What others may read of an absolute path."""
+    path = Path(found[0]).resolve()
+    return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else Path(found[0]).name
 
 
 def name_processor() -> str:
