@@ -75,23 +75,62 @@ def test_the_slower_of_student_and_training_free_decides_whether_a_layer_pays():
     assert list_layers(make_layers()) == [[320, 65536, 2048 / 65536, 2.0], [320, 65536, 0.5, 0.8]]
 
 
+def make_steps(**seconds: float) -> dict:
+    """A run of UNet steps at 512 pixels on one thread; the unpatched one takes 4 seconds."""
+    run = make_run()
+    run.machine.update(device="cpu", processor="chip", threads=1)
+    records = [
+        make_record("unpatched", [4.0]),
+        *(make_record(name.replace("_", "-"), [s]) for name, s in seconds.items()),
+    ]
+    return summarise(Run(run.machine, run.settings, [Result("step", run.results[0].labels, records)]))
+
+
 def test_measured_figures_are_renewed_and_others_kept(tmp_path):
     document = make_layers()
-    assert list_speeds(document) == {"fast": {"512": 2.5}}
     other = {"device": "cpu", "dtype": "fp32", "machine": "m", "rows": []}
     old = {
         "format": "f",
         "layers": [other],
-        "presets": {"quality": {"error": 0.1}, "notes": ["Speed: old.", "Error: e."]},
+        "presets": {
+            "quality": {"speed": {"512": 9.0}, "error": 0.1},
+            "fast": {"speed": {"768": 9.0}},
+            "notes": ["Speed: old.", "Error: e."],
+        },
     }
     evaluation = tmp_path / "evaluation.json"
-    evaluation.write_text(json.dumps({"rows": {"training-free fast": {"error mean": 0.25}, "teacher": {}}}))
+    rows = {name: {"error mean": error} for name, error in (("DHA, training-free", 0.5), ("mini-dha", 0.25))}
+    rows = {f"{name}, 6.25 % of the keys": row for name, row in rows.items()}
+    evaluation.write_text(json.dumps({"rows": {**rows, "training-free fast": {"error mean": 0.6}, "teacher": {}}}))
     merged = merge(old, [document], read_errors(evaluation), "command")
     assert merged["layers"][0] == other and merged["layers"][1]["device"] == "cuda"
-    assert merged["presets"]["fast"] == {"speed": {"512": 2.5}, "error": 0.25}
-    assert merged["presets"]["quality"] == {"error": 0.1}
+    assert merged["presets"]["fast"] == {"speed": {"512": 2.5}, "training_free": True, "error": 0.25}
+    assert merged["presets"]["quality"] == {"error": 0.1}, "its speed was of another run than the note names"
     assert [note.split(":")[0] for note in merged["presets"]["notes"]] == ["Speed", "Error"]
     assert "old" not in str(merged["presets"]["notes"])
+    again = merge(merged, [document], read_errors(evaluation), "command")
+    assert json.dumps(again) == json.dumps(merged)
+
+
+def test_a_presets_speed_is_the_students_as_its_error_is():
+    document = make_steps(dha_balanced=2.0, student_balanced=2.5, dha_fast=1.0, student_fast=1.25)
+    assert list_speeds(document) == {"balanced": {"speed": {"512": 1.6}}, "fast": {"speed": {"512": 3.2}}}
+    notes = merge({"format": "f", "layers": [], "presets": {}}, [document], {}, "c")["presets"]["notes"]
+    assert notes == ["Speed: a UNet step of SD-2.1 with a student, chip, 1 thread, fp16, commit 0."]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [
+        ({"dha_balanced": 2.0, "dha_fast": 1.0}, "SD-2.1 training-free, chip"),
+        ({"student_balanced": 2.0, "dha_fast": 1.0}, "SD-2.1 with a student (fast: training-free), chip"),
+    ],
+)
+def test_speed_without_a_student_is_named_so(seconds, said):
+    document = make_steps(**seconds)
+    assert list_speeds(document)["fast"] == {"speed": {"512": 4.0}, "training_free": True}
+    (note,) = merge({"format": "f", "layers": [], "presets": {}}, [document], {}, "c")["presets"]["notes"]
+    assert said in note
 
 
 def test_a_file_of_another_kind_is_no_result_of_the_bench(tmp_path):

@@ -9,7 +9,8 @@ from ..record import current_command, current_commit, name_processor
 
 def describe_run(device: torch.device) -> dict[str, str]:
     """Hardware, versions, commit and command line of this very run."""
-    where = f"{name_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    where = f"{name_processor()}, {os.cpu_count()} cores, {threads} thread{'s' * (threads != 1)}"
     if device.type == "cuda":
         where = f"{torch.cuda.get_device_name(device)} ({where})"
     return {

@@ -18,6 +18,7 @@ from .report import FORMAT, VERSION, name_machine
 
 OUT = PACK / "nodes" / "measured.json"
 SIZES = ("512x512", "768x768", "1024x1024", "2048x2048")
+FIGURES = ("speed", "training_free", "error")  # of a preset
 
 
 def read_result(path: Path) -> dict[str, Any]:
@@ -60,32 +61,38 @@ def build_table(document: dict[str, Any]) -> dict[str, Any]:
     return {**head, **origin, "rows": list_layers(document)}
 
 
-def list_speeds(document: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """Speed-ups of a UNet step by preset and size, first batch, PyTorch's attention, eager."""
-    speeds: dict[str, dict[str, float]] = {}
+def list_speeds(document: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """By preset `speed`, the speed-ups of a UNet step by size, first batch, PyTorch's attention, eager.
+
+    They are the student's where any was measured at that preset; else they say `training_free`.
+    """
+    found: dict[tuple[str, str], dict[str, float]] = {}
     for result in document["results"]:
         size = f"{result['width']}x{result['height']}"
         if result["kind"] != "step" or result.get("backend") != "sdpa" or result.get("compiled") or size not in SIZES:
             continue
         for subject in result["subjects"]:
             family, _, preset = subject["name"].partition("-")
-            if family == "dha" and preset in import_from_pack("dha.presets").PRESETS and subject.get("ratio"):
-                speeds.setdefault(preset, {}).setdefault(size.split("x")[0], round(subject["ratio"]["median"], 2))
+            if subject.get("ratio"):
+                by_size = found.setdefault((family, preset), {})
+                by_size.setdefault(size.split("x")[0], round(subject["ratio"]["median"], 2))
+    speeds = {}
+    for preset in import_from_pack("dha.presets").PRESETS:
+        if by_size := found.get(("student", preset)):
+            speeds[preset] = {"speed": by_size}
+        elif by_size := found.get(("dha", preset)):
+            speeds[preset] = {"speed": by_size, "training_free": True}
     return speeds
 
 
 def read_errors(path: Path) -> dict[str, float]:
-    """Mean error of the prediction by preset, from an evaluation's JSON with a student at the presets' budgets.
-
-    A row named for a preset counts as its own, too.
-    """
+    """Mean error of the student's prediction by preset, from an evaluation's JSON with it at the presets' budgets."""
     rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
     presets, errors = import_from_pack("dha.presets").PRESETS, {}
     for name, row in rows.items():
         for preset, spending in presets.items():
             ending = f", {100 * spending.token_budget:.4g} % of the keys"
-            is_own = preset in name.split() or (name.endswith(ending) and "training-free" not in name)
-            if is_own and "error mean" in row:
+            if name.endswith(ending) and "training-free" not in name and "error mean" in row:
                 errors[preset] = round(row["error mean"], 4)
     return errors
 
@@ -93,7 +100,10 @@ def read_errors(path: Path) -> dict[str, float]:
 def merge(
     kept: dict[str, Any], documents: list[dict[str, Any]], errors: dict[str, float], command: str
 ) -> dict[str, Any]:
-    """The file's new content: newly measured layers take the place of the same device's and precision's old ones."""
+    """The file's new content: newly measured layers take the place of the same device's and precision's old ones.
+
+    Speeds of all presets are of one run, which their note names: those of an earlier one go.
+    """
     tables = {(table["device"], table["dtype"], table["machine"]): table for table in kept["layers"]}
     presets = {key: dict(value) for key, value in kept["presets"].items() if key != "notes"}
     notes = list(kept["presets"].get("notes", []))
@@ -102,17 +112,35 @@ def merge(
         if table["rows"]:
             tables[table["device"], table["dtype"], table["machine"]] = table
         if speeds := list_speeds(document):
-            for name, by_size in speeds.items():
-                presets.setdefault(name, {})["speed"] = by_size
-            note = f"Speed: a UNet step of SD-2.1, {table['machine']}, {table['dtype']}, commit {table['commit']}."
-            notes = [line for line in notes if not line.startswith("Speed:")] + [note]
+            others = {name: drop(figures, "speed", "training_free") for name, figures in presets.items()}
+            presets = {name: {**others.get(name, {}), **speeds.get(name, {})} for name in {**others, **speeds}}
+            notes = [line for line in notes if not line.startswith("Speed:")] + [describe_speed(table, speeds)]
     for name, error in errors.items():
         presets.setdefault(name, {})["error"] = error
     if errors:
         note = "Error: of the prediction, relative, of the mini SD-2.1's student."
         notes = [line for line in notes if not line.startswith("Error:")] + [note]
-    shown = {**presets, **({"notes": notes} if notes else {})}
+    shown = {**order(presets), **({"notes": notes} if notes else {})}
     return {"format": kept["format"], "command": command, "layers": list(tables.values()), "presets": shown}
+
+
+def order(presets: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The same from the same figures, whichever came first; presets without any are left out."""
+    names = [name for name in import_from_pack("dha.presets").PRESETS if presets.get(name)]
+    return {name: {key: presets[name][key] for key in FIGURES if key in presets[name]} for name in names}
+
+
+def drop(figures: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {name: value for name, value in figures.items() if name not in names}
+
+
+def describe_speed(table: dict[str, Any], speeds: dict[str, dict[str, Any]]) -> str:
+    """The note under the speeds: whose step it was, and where."""
+    free = [name for name, figures in speeds.items() if figures.get("training_free")]
+    whose = "with a student" if len(free) < len(speeds) else "training-free"
+    except_for = f" ({', '.join(free)}: training-free)" if 0 < len(free) < len(speeds) else ""
+    where = f"{table['machine']}, {table['dtype']}, commit {table['commit']}"
+    return f"Speed: a UNet step of SD-2.1 {whose}{except_for}, {where}."
 
 
 def main() -> None:

@@ -133,7 +133,10 @@ def write_report(out: Path, stem: str, run: Run) -> dict[str, Any]:
 
 def name_machine(machine: dict[str, Any]) -> str:
     """The device in a word or two."""
-    return machine["device"] if machine["device"] != "cpu" else f"{machine['processor']}, {machine['threads']} threads"
+    if machine["device"] != "cpu":
+        return machine["device"]
+    threads = machine["threads"]
+    return f"{machine['processor']}, {threads} thread{'s' * (threads != 1)}"
 
 
 def write_markdown(document: dict[str, Any]) -> str:
