@@ -24,13 +24,15 @@ def dct_matrix(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 def dct2(x: Tensor) -> Tensor:
     """DCT-II over the last two dimensions (..., h, w), in at least fp32; the result is of x's type."""
     down, across = (dct_matrix(size, computed_type(x), x.device) for size in x.shape[-2:])
-    return (down @ x.to(down.dtype) @ across.mT).to(x.dtype)
+    with torch.autocast(x.device.type, enabled=False):
+        return (down @ x.to(down.dtype) @ across.mT).to(x.dtype)
 
 
 def idct2(x: Tensor) -> Tensor:
     """The inverse of `dct2`."""
     down, across = (dct_matrix(size, computed_type(x), x.device) for size in x.shape[-2:])
-    return (down.mT @ x.to(down.dtype) @ across).to(x.dtype)
+    with torch.autocast(x.device.type, enabled=False):
+        return (down.mT @ x.to(down.dtype) @ across).to(x.dtype)
 
 
 def computed_type(x: Tensor) -> torch.dtype:

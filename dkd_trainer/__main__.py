@@ -130,7 +130,7 @@ def main() -> None:
         return importlib.import_module(f".{COMMANDS[sys.argv[1]]}", __package__).main(sys.argv[2:])
     args = read_arguments(sys.argv[1:])
     settings = read_settings(args)
-    ensure_comfy(args.comfyui)
+    ensure_comfy(args.comfyui, settings.train.device)
     if args.stop_with_parent:
         follow_parent()
     from .engine.state import TrainingStopped

@@ -13,10 +13,11 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def ensure_comfy(path: str | None) -> None:
+def ensure_comfy(path: str | None, device: str = "auto") -> None:
     """Make `import comfy` work: start this program again with ComfyUI on PYTHONPATH when it is not there yet.
 
-    Raises FileNotFoundError when no ComfyUI is given or found.
+    With `device` cpu its text encoder and VAE stay there as well. Raises FileNotFoundError when no ComfyUI is given or
+    found.
     """
     if importlib.util.find_spec("comfy") is None:
         path = path or os.environ.get("COMFYUI_PATH")
@@ -29,7 +30,8 @@ def ensure_comfy(path: str | None) -> None:
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], env)
     import comfy.cli_args
 
-    comfy.cli_args.args.cpu = not torch.cuda.is_available()
+    comfy.cli_args.args.cpu = device == "cpu" or not torch.cuda.is_available()
+    comfy.cli_args.args.fp32_vae = True  # latents are made once, and are the same on every kind of device
     comfy.cli_args.args.use_pytorch_cross_attention = True
 
 

@@ -103,6 +103,10 @@ class TensorCorpus:
         height, width = self.latents.shape[-2:]
         self.buckets = {(height, width): list(range(len(self.latents)))}
 
+    @property
+    def identity(self) -> str:
+        return f"{len(self)} in memory"
+
     def __len__(self) -> int:
         return len(self.latents)
 

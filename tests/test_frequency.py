@@ -47,6 +47,14 @@ def test_half_precision_is_computed_in_single(dtype):
     assert torch.equal(filter_band(z, "low"), filter_band(z.float(), "low").to(dtype))
 
 
+def test_autocast_leaves_the_transforms_in_single():
+    z = draw(1, 4, 64, 64)
+    expected = dct2(z), idct2(z), filter_band(z, "high")
+    with torch.autocast("cpu", torch.bfloat16):
+        found = dct2(z), idct2(z), filter_band(z, "high")
+    assert all(map(torch.equal, found, expected))
+
+
 def test_published_transform_and_filters_are_reproduced():
     golden = load_file(GOLDEN)
     found, place = dct2(golden["z"]), diagonals(16, 16)

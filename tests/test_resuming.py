@@ -56,6 +56,39 @@ def test_a_state_of_other_settings_is_not_continued(teacher, corpus, make_settin
         train_student(teacher, corpus, make_settings(transfer__steps=2, imitation__steps=0))
 
 
+def test_a_state_of_other_pairs_is_not_continued(teacher, corpus, make_settings):
+    from dkd_trainer.engine.loop import train_student
+
+    train_student(teacher, corpus, make_settings(transfer__steps=1, imitation__steps=0))
+    fewer = type(corpus)({"latents": corpus.latents[:6], "context": corpus.context[:6], "empty": corpus.empty})
+    with pytest.raises(ValueError, match="pairs was '8 in memory', is '6 in memory'"):
+        train_student(teacher, fewer, make_settings(transfer__steps=1, imitation__steps=0))
+
+
+def test_a_state_goes_on_that_was_saved_before_there_was_a_setting(teacher, corpus, make_settings):
+    from dkd_trainer.engine.loop import train_student
+
+    settings = make_settings(transfer__steps=1, imitation__steps=0)
+    train_student(teacher, corpus, settings)
+    (file,) = settings.work.glob("state-*.pt")
+    state = torch.load(file, weights_only=True)
+    del state["run"]["train"]["timestep_shift"]
+    torch.save(state, file)
+    train_student(teacher, corpus, settings)
+    with pytest.raises(ValueError, match="train.timestep_shift was 1.0, is 2.0"):
+        train_student(teacher, corpus, make_settings(transfer__steps=1, imitation__steps=0, train__timestep_shift=2.0))
+
+
+def test_what_a_kill_left_half_written_is_gone_when_the_run_goes_on(teacher, corpus, make_settings):
+    from dkd_trainer.engine.loop import train_student
+
+    settings = make_settings(transfer__steps=1, imitation__steps=0)
+    settings.work.mkdir(parents=True)
+    (settings.work / "state-00000001.partial").write_bytes(b"half")
+    train_student(teacher, corpus, settings)
+    assert not list(settings.work.glob("*.partial"))
+
+
 def test_a_loss_that_is_no_number_stops_the_training_before_it_spoils_the_state(
     teacher, corpus, make_settings, monkeypatch
 ):

@@ -52,6 +52,15 @@ def test_without_averaging_the_file_holds_the_last_weights(teacher, corpus, make
         assert all(torch.equal(saved[name], last[name]) for name in saved) == same
 
 
+def test_the_average_does_not_carry_the_graph_of_the_steps(prepare, make_settings):
+    training = prepare(make_settings(train__ema=0.9))
+    before = [tensor.clone() for tensor in training.average.parameters()]
+    for step in range(2):
+        training.take_step(step, training.read_step(step))
+    assert all(tensor.is_leaf for tensor in training.average.parameters())
+    assert not all(map(torch.equal, before, training.average.parameters()))
+
+
 def test_a_batch_that_cannot_be_shared_out_is_refused(prepare, make_settings):
     with pytest.raises(ValueError, match="'train.batch' is 6, expected a multiple of 4"):
         prepare(make_settings(train__batch=6, train__accumulation=4))

@@ -46,9 +46,12 @@ def read_arguments(arguments: list[str]) -> argparse.Namespace:
     train.add_argument("--comfyui", default=None, help="ComfyUI's folder, when not on PYTHONPATH (or COMFYUI_PATH)")
     for option, (name, kind, text) in OPTIONS.items():
         train.add_argument(option, dest=name, type=kind, help=f"{text} [{name}]")
-    convert = commands.add_parser("convert", help="read the control branch of a published FCDiffusion checkpoint")
+    convert = commands.add_parser("convert", help="read the control branch of a published FCDiffusion teacher or student")
     convert.add_argument("checkpoint", type=Path, help="a Lightning checkpoint; nothing in it is executed")
     convert.add_argument("--band", required=True, choices=list(BANDS), help="the band it was trained for")
+    convert.add_argument(
+        "--norm-groups", type=int, help="of the transformers' norms (default: 4 in a student, 32 in a teacher)"
+    )
     convert.add_argument("--out", type=Path, required=True, help="the control file to write")
     commands.add_parser("evaluate", help="measure controls on held-out pictures, with teacher and students")
     return parser.parse_args(arguments)
@@ -96,9 +99,10 @@ def convert(args: argparse.Namespace) -> None:
     from dha.control_file import read_published, save_control
 
     check_name(args.out)
-    control = read_published(args.checkpoint, args.band)
+    control = read_published(args.checkpoint, args.band, args.norm_groups)
     save_control(args.out, control)
-    print(f"wrote {args.out}: {control.architecture.label}, band {args.band}")
+    kind = f"{control.config.attention} attention, norms of {control.config.norm_groups} groups"
+    print(f"wrote {args.out}: {control.architecture.label}, band {args.band}, {kind}")
 
 
 def main(arguments: list[str]) -> None:
@@ -108,7 +112,7 @@ def main(arguments: list[str]) -> None:
     if args.command == "convert":
         return convert(args)
     settings = read_settings(args)
-    ensure_comfy(args.comfyui)
+    ensure_comfy(args.comfyui, settings.train.device)
     from ..engine.state import TrainingStopped
 
     try:

@@ -18,8 +18,12 @@ from .encoder import Effort
 
 
 class Corpus(Protocol):
-    """Encoded pairs: `buckets` names the samples of each latent size (h, w), `empty` (1, 77, C) is the empty prompt."""
+    """Encoded pairs: `buckets` names the samples of each latent size (h, w), `empty` (1, 77, C) is the empty prompt.
 
+    `identity` is the same for the same pairs in the same order, wherever they lie.
+    """
+
+    identity: str
     empty: Tensor
     buckets: dict[tuple[int, int], list[int]]
 

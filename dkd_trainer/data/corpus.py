@@ -52,6 +52,14 @@ class Corpus:
         return {size: indices for size, indices in zip(self.sizes, members, strict=True) if indices}
 
     @cached_property
+    def identity(self) -> str:
+        """How many pairs there are, and a short hash of their prompts and sizes in order."""
+        digest = hashlib.sha256(self.places[:, 0].tobytes())
+        for prompt in self.prompts:
+            digest.update(prompt.encode() + b"\0")
+        return f"{len(self)}, {digest.hexdigest()[:8]}"
+
+    @cached_property
     def prompts(self) -> list[str]:
         return [pair.prompt for pair in self.pairs]
 

@@ -72,9 +72,11 @@ class Training:
         self.balance = Balance()
         watch = settings.watch
         watched = held_out is None and (watch.validate_every or watch.sheet_every)
-        aside = set_aside(corpus, watch.pairs, settings.train.seed) if watched else []
-        self.sampler = Sampler(corpus, settings, self.student if isinstance(self.student, Student) else None, aside)
-        self.examination = self.prepare_examination(held_out, aside)
+        self.aside = set_aside(corpus, watch.pairs, settings.train.seed) if watched else []
+        self.sampler = Sampler(
+            corpus, settings, self.student if isinstance(self.student, Student) else None, self.aside
+        )
+        self.examination = self.prepare_examination(held_out)
         self.states = StateFolder(settings.work, settings.output.keep)
         self.journal = Journal(settings.work / "journal.jsonl")
         self.losses: dict[str, float] = {}
@@ -94,10 +96,10 @@ class Training:
         student = Student(self.settings.student, self.teacher.architecture, head_width=self.teacher.head_width)
         return start_student(student, self.teacher)
 
-    def prepare_examination(self, held_out: Corpus | None, aside: list[int]) -> Examination | None:
+    def prepare_examination(self, held_out: Corpus | None) -> Examination | None:
         """The pairs that the student is looked at with, or None where there are too few."""
         watch, corpus = self.settings.watch, self.corpus if held_out is None else held_out
-        picks = aside if held_out is None else max(held_out.buckets.values(), key=len)[: watch.pairs]
+        picks = self.aside if held_out is None else max(held_out.buckets.values(), key=len)[: watch.pairs]
         return self.make_examination(corpus, picks) if picks and self.processes.is_first else None
 
     def make_examination(self, corpus: Corpus, picks: list[int]) -> Examination:
@@ -105,7 +107,7 @@ class Training:
 
     def restore(self) -> int:
         """Take over the last state, if there is one; returns the steps done."""
-        state = self.processes.hand_out(self.states.load(self.describe()) if self.processes.is_first else None)
+        state = self.processes.hand_out(self.load_state() if self.processes.is_first else None)
         if state is None:
             return 0
         self.student.load_state_dict(state["student"])
@@ -115,6 +117,10 @@ class Training:
         self.losses, self.errors = state["losses"], state["errors"]
         self.seconds, self.waited = state["seconds"], state["waited"]
         return state["step"]
+
+    def load_state(self) -> dict[str, Any] | None:
+        """The last state of this very run; settings that are newer than it had their defaults then."""
+        return self.states.load(self.describe(), type(self.settings)().describe_run())
 
     def save(self, step: int) -> None:
         """Write a state after `step` steps; only the first process does."""
@@ -128,7 +134,9 @@ class Training:
     def describe(self) -> dict[str, Any]:
         """What a state must agree with; plain values as JSON has them."""
         begun = {"start": self.origin} if self.origin else {}
-        return json.loads(json.dumps({**self.settings.describe_run(), **begun, "teacher": self.teacher.fingerprint}))
+        pairs = {"pairs": self.corpus.identity, "aside": self.aside}
+        run = {**self.settings.describe_run(), **begun, **pairs, "teacher": self.teacher.fingerprint}
+        return json.loads(json.dumps(run))
 
     def read_step(self, step: int) -> list[Batch]:
         """This process's parts of a step's batch."""
@@ -166,7 +174,8 @@ class Training:
             )
         self.optimizer.step()
         decay = min(train.ema, (step + 1) / (step + 10))
-        torch._foreach_lerp_(list(self.average.parameters()), self.parameters, 1 - decay)
+        with torch.no_grad():  # or the average would carry the graph of every step so far
+            torch._foreach_lerp_(list(self.average.parameters()), self.parameters, 1 - decay)
         self.balance.follow(stage, self.losses)
         return asked > 0
 

@@ -87,8 +87,11 @@ def list_stages(settings: Settings) -> list[Stage]:
             raise SettingsError(
                 f"all loss weights of [{stage.name}] are 0, expected one above; give {stage.name}.output"
             )
-        if "maps" in terms and settings.student.mode != "official":
-            raise SettingsError(f"setting '{stage.name}.maps' belongs to students of mode 'official'; set it to 0")
+        for name in ("maps", "routing"):
+            if name in terms and stage.name != "transfer" and settings.student.mode != "official":
+                raise SettingsError(
+                    f"setting '{stage.name}.{name}' belongs to students of mode 'official'; set it to 0"
+                )
         if {"control", "control_blocks"} & terms.keys() and not (settings.pair.controls and settings.pair.branch):
             raise SettingsError(
                 f"settings '{stage.name}.control' and '.control_blocks' belong to students that control branches run "

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..fields import merge
 from .schedule import load_state, save_state
 
 
@@ -38,15 +39,20 @@ class StateFolder:
             old.unlink(missing_ok=True)
         return path
 
-    def load(self, run: Mapping[str, Any]) -> dict[str, Any] | None:
-        """The newest state that can be read, None before the first; raises ValueError for one of another `run`."""
+    def load(self, run: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
+        """The newest state that can be read, None before the first; raises ValueError for one of another `run`.
+
+        `defaults` stand for settings that did not exist yet when it was saved. What a kill left half written goes.
+        """
+        for partial in self.folder.glob("state-*.partial"):
+            partial.unlink()
         for path in reversed(self.list_files()):
             try:
                 state = load_state(path)
             except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
                 print(f"{path.name} is damaged ({type(error).__name__}), going on from the state before")
                 continue
-            if differences := list_differences(state["run"], run):
+            if differences := list_differences(merge(defaults or {}, state["run"]), run):
                 raise ValueError(
                     f"{path} belongs to a run with other settings ({'; '.join(differences[:3])}); go back to those, "
                     "give another --work folder or delete it"

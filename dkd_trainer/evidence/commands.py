@@ -12,7 +12,7 @@ from ..host import ensure_comfy
 def run_command(name: str, measure: Callable[[argparse.Namespace], Iterable[Path]], args: argparse.Namespace) -> None:
     """Run `measure` with ComfyUI importable and say what it wrote; ends the process when it is stopped or fails."""
     try:
-        ensure_comfy(args.comfyui)
+        ensure_comfy(args.comfyui, getattr(args, "device", "auto"))
         for path in measure(args):
             print(f"wrote {path}")
     except KeyboardInterrupt:

@@ -150,7 +150,8 @@ def train_teacher(
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         decay = min(0.998, (step + 1) / (step + 10))
-        torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
+        with torch.no_grad():
+            torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
         running = loss.item() if step == first else 0.98 * running + 0.02 * loss.item()
         bar.set_postfix(loss=f"{running:.4f}", scenes=len(corpus.scenes), refresh=False)
         if (step + 1) % 250 == 0 or step + 1 == steps:
