@@ -1,6 +1,7 @@
 """The evaluation on the real mini teacher: what it measures, what it keeps, what it compares, what it writes."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -92,6 +93,16 @@ def test_rows_put_harmless_changes_below_another_seed(arguments, student, out):
     assert {"command", "commit", "hardware", "torch"} <= set(document)
     settings = document["settings"]
     assert (settings["sampler"], settings["steps"], settings["cfg"], settings["dtype"]) == ("Euler", 2, 4.0, "fp32")
+
+
+def test_the_short_sheet_says_whose_difference_it_shows(arguments, student, out):
+    from dkd_trainer.evidence import evaluate
+    from dkd_trainer.evidence.kept import name_file
+
+    evaluate.evaluate(read(arguments, "--students", student, "--no-peers", "--budgets", "0.125", "0.5"))
+    text = (out / "evaluation.md").read_text()
+    assert "difference of evaluated, 12.5 % of the keys to the teacher](evaluation-short.png)" in text
+    assert f"evaluated.safetensors {name_file(Path(student))}" in text
 
 
 def test_choosing_and_reporting_use_different_pairs(teacher, pairs, tmp_path):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dkd_trainer.evidence import charts
-from dkd_trainer.evidence.report import Report, compare_at_equal_time, write_report
+from dkd_trainer.evidence.report import Report, choose_shown, compare_at_equal_time, shorten, write_report
 from dkd_trainer.evidence.summary import judge_null_band, summarise
 
 pytest.importorskip("efficientnet_lite_pytorch", reason="picture features come with the extra `train`")
@@ -45,7 +45,7 @@ def make_report():
     times = {n: {"seconds": r, "q1": r, "q3": r, "relative": r, "attention_pairs": r} for n, r in relative.items()}
     timing = [{"checkpoint": "a", "architecture": "b", "batch": 2, "rounds": 3, "size": 64, "subjects": times}]
     settings = dict.fromkeys(("teacher", "architecture", "prediction", "held_out_pairs", "sampler", "dtype"), "x")
-    settings |= {"size": 64, "steps": 25, "cfg": 4.0, "note": "", "students": {}}
+    settings |= {"size": 64, "steps": 25, "cfg": 4.0, "note": "", "students": {"ours.safetensors": "0123456789abcdef"}}
     record = dict.fromkeys(("command", "commit", "hardware", "torch", "comfyui"), "<x>")
     sheet = [("teacher", torch.zeros(3, 3, 8, 8, dtype=torch.uint8))]
     return Report(record, settings, rows, families, {"ours"}, timing, {"FID": "no package"}, sheet)
@@ -77,6 +77,24 @@ def test_the_page_holds_its_pictures_and_says_what_is_missing(tmp_path):
     assert page.count("data:image/png;base64,") == 4 and "&lt;x&gt;" in page
     assert not re.search(r'(src|href)="(?!data:)', page)
     assert "FID: no package" in page and "FID (no package)" in (tmp_path / "evaluation.md").read_text()
+
+
+def test_the_difference_shown_is_of_the_student_at_its_own_budget():
+    report = make_report()
+    names = ["teacher", "a peer", "free", "ours, 12.5 %", "ours, 50 %"]
+    report.sheet = [(name, torch.full((3, 3, 8, 8), n, dtype=torch.uint8)) for n, name in enumerate(names)]
+    report.ours, report.own = {"free", "ours, 12.5 %", "ours, 50 %"}, ["ours, 12.5 %"]
+    *rows, (title, difference) = shorten(report)
+    assert [name for name, _ in rows] == ["teacher", "free", "ours, 12.5 %", "ours, 50 %"]
+    assert title == "4 x difference, ours, 12.5 %" and difference.unique().tolist() == [4 * 3]
+    report.own = ["ours, 25 %"]
+    assert choose_shown(report) == "ours, 50 %", "its own budget was not measured"
+
+
+def test_the_page_says_which_students_file_was_measured(tmp_path):
+    write_report(make_report(), tmp_path, "evaluation")
+    for name in ("evaluation.md", "evaluation.html"):
+        assert "ours.safetensors 0123456789abcdef" in (tmp_path / name).read_text()
 
 
 def test_points_are_drawn_where_their_values_are():

@@ -15,8 +15,8 @@ from dha.frequency import BANDS, filter_band
 from dha.whole_file import write_whole
 
 from ..evidence.charts import compose_sheet
+from ..evidence.columns import Column, tabulate
 from ..evidence.evaluation import decode_pictures
-from ..evidence.report import Column, tabulate
 from ..evidence.summary import Row, mean_with_error
 from ..host import Teacher
 from .tasks import Task

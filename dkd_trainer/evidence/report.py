@@ -2,9 +2,9 @@
 
 import base64
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from torch import Tensor
@@ -12,8 +12,8 @@ from torch import Tensor
 from dha.whole_file import write_whole
 
 from ..diffusion import TIME_BANDS
-from ..metrics.bands import NAMES
 from .charts import Point, draw_points, draw_sheet
+from .columns import ERROR, FREQUENCIES, QUALITY, TIMESTEPS, tabulate, write_figure
 from .summary import Row, judge_null_band
 
 FORMAT = "dha-evaluation"
@@ -31,44 +31,12 @@ prompts; score of the prompt. Behind ±: one standard error over pictures (KID: 
 against the teacher, prompt by prompt."""
 
 
-class Column(NamedTuple):
-    """A column of a table: figure `key`, with its standard error for changes, for KID and where `spread` says so."""
-
-    title: str
-    key: str
-    digits: str = ".3g"
-    spread: bool = False
-
-
-ERROR = Column("error", "error mean", ".4f")
-QUALITY = (
-    Column("training s", "train_seconds", ".0f"),
-    Column("steps", "train_steps", ".0f"),
-    Column("attention cost", "attention_cost", ".1%"),
-    ERROR,
-    Column("latents", "latent_error", ".3f"),
-    Column("PSNR", "psnr", ".1f"),
-    Column("SSIM", "ssim", ".3f"),
-    Column("perceptual", "perceptual", ".3f"),
-    Column("LPIPS", "lpips", ".3f"),
-    Column("KID", "kid_x1e3", ".1f"),
-    Column("change", "kid_change_x1e3", "+.1f"),
-    Column("FID", "fid", ".1f"),
-    Column("prompt", "prompt_score", ".3f"),
-    Column("change", "prompt_score_change", "+.3f"),
-    Column("CLIP", "clip_score", ".2f"),
-    Column("change", "clip_score_change", "+.2f"),
-)
-TIMESTEPS = tuple(Column(f"{low}-{high}", f"error {low}-{high}", ".4f") for low, high in TIME_BANDS)
-FREQUENCIES = tuple(Column(f"DCT {name}", f"dct_{name}", ".3f") for name in NAMES)
-
-
 @dataclass
 class Report:
     """All there is to say: what ran where (`record`), `settings`, figures by subject, step times, and pictures.
 
-    `families` are family and label of each subject in the plots, `ours` the forms of DHA among them, `missing` names
-    metrics that could not be computed.
+    `families` are family and label of each subject in the plots, `ours` the forms of DHA among them, `own` the students
+    at their own token budgets; `missing` names metrics that could not be computed.
     """
 
     record: dict[str, str]
@@ -79,6 +47,7 @@ class Report:
     timing: list[dict]
     missing: dict[str, str]
     sheet: list[tuple[str, Tensor]]
+    own: Sequence[str] = ()
 
 
 def to_document(report: Report) -> dict:
@@ -116,27 +85,6 @@ def compare_at_equal_time(report: Report, times: dict[str, dict]) -> dict[str, d
             entry |= {key: best, f"better_than_{key}": best is None or errors[name] < errors[best]}
         found[name] = entry
     return found
-
-
-def tabulate(rows: dict[str, Row], columns: tuple[Column, ...]) -> tuple[list[str], list[list[str]]]:
-    """Head and cells of a table; columns and subjects without any figure are left out."""
-    used = [column for column in columns if any(column.key in row for row in rows.values())]
-    cells = [
-        [name, *(write_figure(row, column) for column in used)]
-        for name, row in rows.items()
-        if any(column.key in row for column in used)
-    ]
-    return ["", *(column.title for column in used)], cells
-
-
-def write_figure(row: Row, column: Column) -> str:
-    """A figure with its error, or a dash."""
-    if column.key not in row:
-        return "-"
-    spread = column.spread or "change" in column.key or "kid" in column.key
-    error = row.get(f"{column.key}_error") if spread else None
-    behind = "" if error is None else f" ± {error:{column.digits.lstrip('+')}}"
-    return f"{row[column.key]:{column.digits}}{behind}"
 
 
 def list_tables(report: Report, document: dict) -> list[tuple[str, list[str], list[list[str]]]]:
@@ -193,7 +141,7 @@ def draw_plots(report: Report, stem: str) -> dict[str, tuple[str, bytes]]:
     """Caption and PNG by file name: rows of pictures, time against error, error by timestep."""
     plots = {
         f"{stem}.png": ("The same prompts and seeds in every column", draw_sheet(report.sheet)),
-        f"{stem}-short.png": ("Teacher, DHA, and four times the last one's difference", draw_sheet(shorten(report))),
+        f"{stem}-short.png": (name_short(report), draw_sheet(shorten(report))),
     }
     for timing in report.timing:
         points = [
@@ -217,11 +165,23 @@ def draw_plots(report: Report, stem: str) -> dict[str, tuple[str, bytes]]:
     return plots
 
 
+def choose_shown(report: Report) -> str:
+    """The form of DHA whose difference is shown: the last student at its own budget, else the last of all."""
+    names = [name for name, _ in report.sheet]
+    own = [name for name in names if name in report.own]
+    return [*names[:1], *(name for name in names[1:] if name in report.ours), *own][-1]
+
+
+def name_short(report: Report) -> str:
+    """The short sheet's caption."""
+    return f"Teacher, DHA, and four times the difference of {choose_shown(report)} to the teacher"
+
+
 def shorten(report: Report) -> list[tuple[str, Tensor]]:
-    """Of the sheet the teacher, all forms of DHA, and how far the last of them is from the teacher."""
+    """Of the sheet the teacher, all forms of DHA, and how far one of them is from the teacher."""
     rows = [row for number, row in enumerate(report.sheet) if number == 0 or row[0] in report.ours]
-    (_, teacher), (name, last) = rows[0], rows[-1]
-    difference = (last.int() - teacher.int()).abs().mul(4).clamp(max=255).to(teacher.dtype)
+    name, (_, teacher) = choose_shown(report), rows[0]
+    difference = (dict(rows)[name].int() - teacher.int()).abs().mul(4).clamp(max=255).to(teacher.dtype)
     return [*rows, (f"4 x difference, {name}", difference)]
 
 
@@ -235,11 +195,18 @@ def choose_lines(report: Report) -> list[str]:
 def describe_settings(report: Report) -> str:
     """Set-up in one paragraph."""
     s, r = report.settings, report.record
-    return (
+    said = (
         f"{s['teacher']} ({s['architecture']}, {s['prediction']} prediction), held-out pairs {s['held_out_pairs']}, "
         f"{s['size']}x{s['size']}, {s['sampler']}, {s['steps']} steps, cfg {s['cfg']:g}, {s['dtype']}, "
-        f"on {r['hardware']}; torch {r['torch']}, ComfyUI {r['comfyui']}, commit {r['commit']}. {s['note']}"
+        f"on {r['hardware']}; torch {r['torch']}, ComfyUI {r['comfyui']}, commit {r['commit']}."
     )
+    return " ".join(filter(None, [said, describe_files("Students", s["students"]), s["note"]]))
+
+
+def describe_files(title: str, files: Mapping[str, str]) -> str:
+    """Files with the hashes of `kept.name_file`: which ones were measured, whatever has taken their names since."""
+    listed = ", ".join(f"{name} {content}" for name, content in files.items())
+    return f"{title}, with the beginnings of their SHA-256: {listed}." if files else ""
 
 
 def to_markdown(heading: str, report: Report, tables: list, plots: dict[str, tuple[str, bytes]]) -> str:

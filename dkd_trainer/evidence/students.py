@@ -60,6 +60,11 @@ def training_free(levels: tuple[int, ...], budget: float) -> Subject:
     )
 
 
+def name_own(file: Path, student: Student) -> str:
+    """The name of the subject that is a student at its own budget."""
+    return file.stem if student.config.mode == "official" else name_budget(file.stem, student.config.token_budget)
+
+
 def describe(file: Path, student: Student, budget: float | None) -> Subject:
     """A student's file as a subject."""
     name = file.stem if budget is None else name_budget(file.stem, budget)
