@@ -179,7 +179,7 @@ def test_the_command_measures_teacher_and_student_and_goes_on_where_it_stopped(
     from dkd_trainer.control import evaluate
 
     more = ["--students", str(studio.write_student("steered")), "--more-sizes", "96x64", "--more-count", "2"]
-    args = evaluate.read_arguments([*arguments, *more])
+    args = evaluate.read_arguments([*arguments, *more, "--picks", "1", "0"])
     files = {path.name for path in evaluate.evaluate(args)}
     sheets = {f"control-high-{size}.jpg" for size in ("64x64", "96x64")}
     assert files == {"control.json", "control.md", "control.jpg", *sheets}
@@ -196,6 +196,8 @@ def test_the_command_measures_teacher_and_student_and_goes_on_where_it_stopped(
         assert rows["steered, strength 1"]["perceptual"] >= 0 and "perceptual" not in rows["teacher, strength 1"]
         assert "band_change" in rows["steered, strength 1"] and "band_change" not in rows["steered, no control"]
     text = (tmp_path / "control.md").read_text()
+    assert "those with the numbers 1, 0 (from 0), picked by --picks](control.jpg)" in text
+    assert f"steered.safetensors {found['settings']['students']['steered.safetensors']}" in text
     monkeypatch.setattr(evaluate, "measure_variant", lambda *_: pytest.fail("measured again"))
     evaluate.evaluate(args)
     assert (tmp_path / "control.md").read_text() == text

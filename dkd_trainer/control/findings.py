@@ -17,6 +17,7 @@ from dha.whole_file import write_whole
 from ..evidence.charts import compose_sheet
 from ..evidence.columns import Column, tabulate
 from ..evidence.evaluation import decode_pictures
+from ..evidence.report import describe_files
 from ..evidence.summary import Row, mean_with_error
 from ..host import Teacher
 from .tasks import Task
@@ -155,6 +156,8 @@ def to_markdown(findings: Findings, sheets: dict[str, tuple[str, bytes]]) -> str
         f"steps, cfg {s['cfg']:g}, fp32, on {r['hardware']}; torch {r['torch']}, ComfyUI {r['comfyui']}, "
         f"commit {r['commit']}. {BRANCH[s['accelerate']]} Strength 0 is the uncontrolled model to the bit: {zero}."
     )
+    files = [describe_files("Controls", s["controls"]), describe_files("Students", s["students"])]
+    setting = " ".join(filter(None, [setting, *files]))
     lines = ["# Frequency control", "", setting, "", f"`{r['command']}`", "", DEFINITIONS]
     for title, head, cells in list_tables(findings):
         lines += ["", f"## {title}", "", f"| {' | '.join(head)} |", "|---" + "|---:" * (len(head) - 1) + "|"]
@@ -202,6 +205,12 @@ def draw_overview(findings: Findings, teacher: Teacher, picks: list[int]) -> byt
     return to_jpeg(compose_sheet(rows))
 
 
+def describe_picks(picks: list[int]) -> str:
+    """The caption of `draw_overview`."""
+    numbers = ", ".join(map(str, picks))
+    return f"A row for each band, of the pictures measured those with the numbers {numbers} (from 0), picked by --picks"
+
+
 def to_jpeg(picture: Image.Image) -> bytes:
     buffer = io.BytesIO()
     picture.save(buffer, "JPEG", quality=78, optimize=True)
@@ -210,9 +219,9 @@ def to_jpeg(picture: Image.Image) -> bytes:
 
 def write_findings(findings: Findings, teacher: Teacher, out: Path, picks: list[int]) -> list[Path]:
     """Write control.json, control.md, the sheets and control.jpg into a folder; the files that were written."""
-    sheets = draw_sheets(findings, teacher)
+    overview = draw_overview(findings, teacher, picks)
+    sheets = {"control.jpg": (describe_picks(picks), overview), **draw_sheets(findings, teacher)}
     files = {name: content for name, (_, content) in sheets.items()}
-    files["control.jpg"] = draw_overview(findings, teacher, picks)
     files["control.json"] = (json.dumps(to_document(findings), indent=1, allow_nan=False) + "\n").encode()
     files["control.md"] = to_markdown(findings, sheets).encode()
     out.mkdir(parents=True, exist_ok=True)
