@@ -7,7 +7,7 @@ import torch
 from comfy_api.latest import io, ui
 
 from ..dha.fidelity import WINDOW, build_feature_net, perceptual_distance, psnr, ssim
-from .tables import Table, read_report, show_number, show_report, tabulate_runs
+from .tables import Table, is_timed, read_report, show_number, show_report, tabulate_runs
 
 HEAT = ((0.0, 0.0, 0.02), (0.34, 0.06, 0.43), (0.74, 0.21, 0.33), (0.98, 0.56, 0.04), (0.99, 1.0, 0.64))
 
@@ -53,7 +53,8 @@ class ComparePictures(io.ComfyNode):
     def execute(cls, original, student, amplify: float, report: str | None = None) -> io.NodeOutput:
         check_alike(original, student)
         original, student = original[..., :3], student[..., :3].to(original)
-        fields = measure_difference(original, student) | read_report(report, "Compare Pictures")
+        timed = read_report(report, "Compare Pictures", "Compare Models") if report else {}
+        fields = timed | measure_difference(original, student)
         heat = colour_heat((student - original).abs().mean(-1) * amplify).to(original)
         text, shown = show_report(fields, summarise(fields), tabulate(fields))
         pictures = {"original": original, "student": student, "difference": heat}
@@ -124,7 +125,7 @@ def tabulate(fields: dict[str, Any]) -> Table:
         ["SSIM", "1", show_number(fields["ssim"], 3)],
         ["perceptual distance", "0", show_number(fields["perceptual_distance"], 3)],
     ]
-    return [*rows, *tabulate_runs(fields)[1:]] if "speedup" in fields else rows
+    return [*rows, *tabulate_runs(fields)[1:]] if is_timed(fields) else rows
 
 
 def summarise(fields: dict[str, Any]) -> str:
@@ -133,6 +134,6 @@ def summarise(fields: dict[str, Any]) -> str:
         parts = [f"PSNR {fields['psnr']:.1f} dB"]
     else:
         parts = ["identical" if fields["identical"] else "one of the pictures holds values that are no numbers"]
-    if "speedup" in fields:
+    if is_timed(fields):
         parts.append(f"{fields['speedup']:.2f}x as fast at {fields['width']}x{fields['height']}")
     return ", ".join(parts)

@@ -1,6 +1,8 @@
 """Save Report: the figures of our nodes as a JSON file beside the pictures in ComfyUI's output folder."""
 
 import json
+import os
+from itertools import count
 from pathlib import Path
 
 import folder_paths
@@ -8,6 +10,8 @@ from comfy_api.latest import io
 
 from ..dha.whole_file import write_whole
 from .tables import read_report, show_text
+
+MAKERS = "Compare Models, Compare Pictures, DHA Benchmark, DHA Routing Map, DKD Train or DKD Training Record"
 
 
 class SaveReport(io.ComfyNode):
@@ -17,8 +21,7 @@ class SaveReport(io.ComfyNode):
             node_id="DHASaveReport",
             display_name="Save DHA Report",
             category="DHA/compare",
-            description="Saves the report of Compare Models, Compare Pictures or DHA Benchmark as a JSON file in the "
-            "output folder.",
+            description=f"Saves the report of {MAKERS} as a JSON file in the output folder.",
             is_output_node=True,
             inputs=[
                 io.String.Input("report", force_input=True, tooltip="The report output of one of the DHA nodes."),
@@ -34,7 +37,7 @@ class SaveReport(io.ComfyNode):
 
     @classmethod
     def execute(cls, report: str, filename_prefix: str) -> io.NodeOutput:
-        fields = read_report(report, "Save DHA Report")
+        fields = read_report(report, "Save DHA Report", MAKERS)
         path = save(fields, filename_prefix)
         shown = path.relative_to(folder_paths.get_output_directory()).as_posix()
         show_text(cls.hidden.unique_id, f"saved output/{shown}")
@@ -42,9 +45,18 @@ class SaveReport(io.ComfyNode):
 
 
 def save(fields: dict, prefix: str) -> Path:
-    """Write a new file in one go; its path. Raises what ComfyUI raises for a prefix that leads out of the folder."""
-    output = folder_paths.get_output_directory()
-    folder, name, counter, *_ = folder_paths.get_save_image_path(prefix, output)
-    path = Path(folder) / f"{name}_{counter:05}_.json"
+    """Write a new file in one go; its path. Raises ValueError for a prefix without a name.
+
+    Raises what ComfyUI raises for a prefix that leads out of the folder.
+    """
+    place = os.path.normpath(prefix.strip())  # ComfyUI does so for the name, but not where it counts files of that name
+    if Path(place).name in ("", ".."):
+        raise ValueError(
+            f"Save DHA Report found {prefix!r} as filename_prefix and expected the beginning of a file's name, such as "
+            "dha-report or reports/owl."
+        )
+    folder, name, number, *_ = folder_paths.get_save_image_path(place, folder_paths.get_output_directory())
+    paths = (Path(folder) / f"{name}_{each:05}_.json" for each in count(number))
+    path = next(path for path in paths if not path.exists())
     write_whole(path, (json.dumps(fields, indent=1) + "\n").encode())
     return path

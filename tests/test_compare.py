@@ -193,6 +193,16 @@ def test_a_report_that_is_none_is_refused(server):
         run(server, graph)
 
 
+@pytest.mark.parametrize("others", ['{"psnr": 99, "speedup": 2}', '{"speedup": 2, "original": 1, "student": {}}'])
+def test_a_report_does_not_say_what_was_measured_here(server, others):
+    """Nor is one taken for that of Compare Models that is not."""
+    graph = compare_colours(0, 0x333333, report=["9", 0]) | {"9": node("PrimitiveString", value=others)}
+    outcome = run(server, graph)
+    report = json.loads(outcome.text("3"))
+    assert report["psnr"] == pytest.approx(13.979, abs=1e-2) and report["speedup"] == 2
+    assert [row[0] for row in json.loads(outcome.outputs["3"]["table"][0])][-1] == "perceptual distance"
+
+
 def test_a_wrong_file_name_is_explained(server):
     graph = prepare("missing.safetensors", PICTURE) | {"9": node("PreviewAny", source=["1", 0])}
     with pytest.raises(ServerError, match=r"CheckpointLoaderSimple \(node 1\).*missing.safetensors"):
