@@ -8,6 +8,7 @@ LEVELS = 4
 MODES = ("hybrid", "official")
 NORM_GROUPS = 32  # of every transformer in SD-2.x
 DELTAS = ("q", "k", "v", "out")
+RETIRED = {"weighted": False}  # settings that older files have, with the only value that they may have
 
 
 class ConfigError(ValueError):
@@ -23,8 +24,7 @@ class DHAConfig:
     learned tokens, which with `gather` also hold summaries of the picture, low-rank `deltas` of `rank`, a router of
     `router_width`, a convolution of `local` channels beside the attention and a `blend` of grid tokens with the means
     of their cells are the trained parts; 0 or false leaves one out.
-    `weighted` lets a grid token count for all the tokens it stands for. `sparsity` and `norm_groups`, those of the
-    GroupNorm in front of each transformer, belong to mode `official`.
+    `sparsity` and `norm_groups`, those of the GroupNorm in front of each transformer, belong to mode `official`.
     """
 
     mode: str = "hybrid"
@@ -32,7 +32,6 @@ class DHAConfig:
     token_budget: float = 0.125
     max_tokens: int = 4096
     coarse_share: float = 0.8
-    weighted: bool = False
     memory: int = 0
     rank: int = 0
     deltas: tuple[str, ...] = DELTAS
@@ -72,7 +71,7 @@ class DHAConfig:
         require(
             self.mode == "official" or groups == NORM_GROUPS, "norm_groups", groups, f"{NORM_GROUPS} in mode 'hybrid'"
         )
-        for name in ("weighted", "blend", "gather"):
+        for name in ("blend", "gather"):
             require(type(getattr(self, name)) is bool, name, getattr(self, name), "true or false")
         require(set(self.deltas) <= set(DELTAS), "deltas", self.deltas, f"a selection of {DELTAS}")
 
@@ -89,6 +88,7 @@ class DHAConfig:
             raise ConfigError(f"the DHA configuration is not JSON: {error}") from error
         if not isinstance(values, dict):
             raise ConfigError(f"the DHA configuration is {type(values).__name__}, expected an object")
+        values = {name: value for name, value in values.items() if value is not RETIRED.get(name, ...)}
         known = {field.name for field in dataclasses.fields(cls)}
         if unknown := sorted(set(values) - known):
             raise ConfigError(f"unknown DHA setting(s) {unknown}; known are {sorted(known)}")

@@ -5,11 +5,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .config import DHAConfig
 from .local import LocalMix
 from .memory import GatheringMemory, Memory
-from .routing import ContextPlan, Router, cell_means, coarse_indices, rest_weights
+from .routing import ContextPlan, Router, cell_means, coarse_indices
 
 
 class LowRank(nn.Module):
@@ -56,10 +57,10 @@ class Blend(nn.Module):
 
 
 class Context(NamedTuple):
-    """Tokens (B, m, C) before projection to keys and to values, and what each key adds to its logits (B or 1, m).
+    """Tokens (B, m, C) before projection to keys and to values, and what each key adds to its logits (B, m).
 
-    `log_weights` are None where they are zero. `chosen` are the numbers (B, k) of the tokens that the router picked,
-    None without a router.
+    `log_weights` are zeros that carry the router's gradient, and None where none is asked for. `chosen` are the numbers
+    (B, k) of the tokens that the router picked, None without a router.
     """
 
     keys: Tensor
@@ -73,7 +74,6 @@ class HybridSite(nn.Module):
 
     def __init__(self, channels: int, embedding: int, config: DHAConfig, operations=nn):
         super().__init__()
-        self.weighted = config.weighted
         self.router = Router(embedding, channels, config.router_width, operations) if config.router_width else None
         kind = GatheringMemory if config.gather else Memory
         self.memory = kind(channels, config.memory) if config.memory else None
@@ -118,21 +118,10 @@ class HybridSite(nn.Module):
             same = values is keys
             keys = torch.cat([keys, memory], dim=1)
             values = keys if same else torch.cat([values, memory], dim=1)
-        weights = None if self.is_uniform(plan) else self.weigh_keys(x, plan, scores, chosen)
+        weights = None
+        if scores is not None and chosen is not None and torch.is_grad_enabled():
+            weights = F.pad(straight_through(scores.gather(1, chosen)), (0, keys.shape[1] - plan.chosen))
         return Context(keys, values, weights, chosen)
-
-    def weigh_keys(self, x: Tensor, plan: ContextPlan, scores: Tensor | None, chosen: Tensor | None) -> Tensor:
-        """Log-weights (B, m) of chosen, grid and memory keys, in this order; scores (B, N), chosen (B, k)."""
-        weights = []
-        if scores is not None and chosen is not None:
-            weights.append(straight_through(scores.gather(1, chosen)))
-        if plan.coarse and self.weighted:
-            weights.append(rest_weights(plan, chosen, x.device).log().to(x.dtype))
-        elif plan.coarse:
-            weights.append(x.new_zeros(1, plan.coarse))
-        if self.memory is not None:
-            weights.append(x.new_zeros(1, len(self.memory.tokens)))
-        return torch.cat([weight.expand(len(x), -1) for weight in weights], dim=1)
 
     def forward(
         self, attention: nn.Module, attend: Callable, x: Tensor, emb: Tensor, plan: ContextPlan, heads: int
@@ -147,15 +136,6 @@ class HybridSite(nn.Module):
         mask = None if weights is None else weights[:, None, None].to(q.dtype)
         out = self.correct("out", attention.to_out(attend(q, k, v, {"n_heads": heads}, mask)))
         return out if self.local is None else out + self.local(x, emb, plan.height, plan.width)
-
-    def is_uniform(self, plan: ContextPlan) -> bool:
-        """Whether all keys weigh the same, so that softmax needs no bias: one kind of key, and cells of one size."""
-        if plan.chosen and torch.is_grad_enabled():  # while training, the scores' gradient flows through the bias
-            return False
-        if not (self.weighted and plan.coarse):
-            return True
-        even = plan.height % plan.strides[0] == 0 and plan.width % plan.strides[1] == 0
-        return even and not plan.chosen and self.memory is None
 
 
 def take_tokens(x: Tensor, chosen: Tensor | None, grid: Tensor | None) -> Tensor:

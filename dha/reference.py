@@ -51,13 +51,11 @@ def list_keys(site: HybridSite, x: Tensor, emb: Tensor, plan: ContextPlan) -> tu
                 for column in range(left, min(left + across, plan.width))
             ]
             row, column = min(top + down // 2, plan.height - 1), min(left + across // 2, plan.width - 1)
-            count = sum(n not in chosen for n in members) if site.weighted else 1
-            if count:
-                real, mean = x[row * plan.width + column], x[members].mean(0)
-                lean = (x.new_zeros(()),) * 2 if site.blend is None else (site.blend.keys, site.blend.values)
-                keys.append(real + lean[0] * (mean - real))
-                values.append(real + lean[1] * (mean - real))
-                weights.append(x.new_tensor(float(count)).log())
+            real, mean = x[row * plan.width + column], x[members].mean(0)
+            lean = (x.new_zeros(()),) * 2 if site.blend is None else (site.blend.keys, site.blend.values)
+            keys.append(real + lean[0] * (mean - real))
+            values.append(real + lean[1] * (mean - real))
+            weights.append(x.new_zeros(()))
     if site.memory is not None:
         memory = list_memory(site.memory, x)
         keys += memory

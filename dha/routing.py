@@ -66,29 +66,10 @@ def coarse_indices(plan: ContextPlan, device: torch.device) -> Tensor:
     return (rows[:, None] * plan.width + columns).flatten()
 
 
-def cell_of_token(plan: ContextPlan, device: torch.device) -> Tensor:
-    """Number of the grid cell (N,) that each token lies in."""
-    rows, columns = (
-        torch.arange(size, device=device) // stride
-        for stride, size in zip(plan.strides, (plan.height, plan.width), strict=True)
-    )
-    return (rows[:, None] * plan.grid[1] + columns).flatten()
-
-
 def cell_means(x: Tensor, plan: ContextPlan) -> Tensor:
     """Mean of the tokens x (B, N, C) in each grid cell, (B, coarse, C); cells cut by the border have fewer."""
     picture = x.transpose(1, 2).unflatten(2, (plan.height, plan.width))
     return F.avg_pool2d(picture, plan.strides, ceil_mode=True).flatten(2).transpose(1, 2)
-
-
-def rest_weights(plan: ContextPlan, chosen: Tensor | None, device: torch.device) -> Tensor:
-    """How many tokens each grid token stands for, (B or 1, coarse): those of its cell that were not chosen."""
-    cells = cell_of_token(plan, device)
-    counts = torch.bincount(cells, minlength=plan.coarse).float()[None]
-    if chosen is None or not plan.chosen:
-        return counts
-    taken = torch.zeros(len(chosen), plan.coarse, device=device)
-    return counts - taken.scatter_add_(1, cells[chosen], torch.ones_like(chosen, dtype=taken.dtype))
 
 
 class Router(nn.Module):

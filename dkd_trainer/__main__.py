@@ -64,7 +64,6 @@ def add_shorthands(group: argparse._ArgumentGroup) -> None:
     add("--levels", "student.levels", "UNet levels to replace, 0 is the finest", type=int, nargs="+")
     add("--token-budget", "student.token_budget", "keys as a share of a level's tokens", type=float)
     add("--coarse-share", "student.coarse_share", "share of the keys that form the grid", type=float)
-    add("--weighted", "student.weighted", "grid tokens count for all they stand for", action="store_true")
     add("--memory", "student.memory", "learned tokens per layer", type=int)
     add("--rank", "student.rank", "rank of the corrections of q, k, v and out", type=int)
     add("--router", "student.router_width", "width of the router, 0 for none", type=int)

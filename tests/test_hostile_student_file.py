@@ -119,7 +119,7 @@ def change_config(**values) -> str:
         change_config(deltas=5),
         change_config(mode="best"),
         change_config(mode={}),
-        change_config(weighted="yes"),
+        change_config(gather="yes"),
         change_config(memory="9" * 5000),
         '{"memory": ' + "9" * 5000 + "}",
     ],

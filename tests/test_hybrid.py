@@ -1,13 +1,14 @@
 """The hybrid context: plain attention when nothing is left out, the oracle's outputs and gradients everywhere."""
 
 import copy
+import json
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
-from dha.config import DHAConfig
+from dha.config import ConfigError, DHAConfig
 from dha.hybrid import HybridSite
 from dha.memory import GatheringMemory, Memory
 from dha.patch import plain_attention
@@ -31,14 +32,12 @@ def attend_fast(site, layer, x, emb, plan):
     return site(SimpleNamespace(**dict(layer.items())), plain_attention, x, emb, plan, HEADS)
 
 
-FULL = {"memory": 5, "rank": 4, "router_width": 8, "local": 6, "blend": True, "gather": True, "weighted": True}
+FULL = {"memory": 5, "rank": 4, "router_width": 8, "local": 6, "blend": True, "gather": True}
 SETTINGS = {
     "all parts": FULL,
-    "unweighted": {**FULL, "weighted": False},
-    "grid alone": {"weighted": True},
-    "grid alone, unweighted": {},
-    "grid and router": {"router_width": 8, "weighted": True},
-    "grid and memory": {"memory": 3, "weighted": True},
+    "grid alone": {},
+    "grid and router": {"router_width": 8},
+    "grid and memory": {"memory": 3},
     "grid and gathering memory": {"memory": 3, "gather": True},
 }
 
@@ -102,13 +101,13 @@ def test_gathering_memory_follows_the_picture_in_any_order_of_its_tokens(kind, f
         torch.testing.assert_close(memory(x[:, torch.randperm(63)]), memory(x))
 
 
-def test_grid_keeps_its_weight_in_the_normaliser():
-    """Chosen and grid keys together weigh as much as all the tokens they stand for."""
-    site, _ = make_layer(router_width=8, weighted=True)
-    plan = ContextPlan(8, 8, strides=(4, 2), chosen=8)
+def test_a_student_needs_no_mask_where_no_gradient_is_asked_for():
+    site, _ = make_layer(**FULL)
+    x, emb, plan = torch.randn(2, 64, CHANNELS), torch.randn(2, EMBEDDING), ContextPlan(8, 8, (4, 2), 8)
     with torch.no_grad():
-        weights = site.build_context(torch.randn(2, 64, CHANNELS), torch.randn(2, EMBEDDING), plan).log_weights
-    torch.testing.assert_close(weights.exp().sum(1), torch.full((2,), 64.0))
+        assert site.build_context(x, emb, plan).log_weights is None
+    weights = site.build_context(x, emb, plan).log_weights
+    assert weights.requires_grad and not weights.any()
 
 
 def test_router_receives_a_gradient():
@@ -150,3 +149,10 @@ def test_plan_never_exceeds_its_budget(height, width, budget, routed):
     plan = plan_context(height, width, budget, 0.5, 1000, routed)
     assert 1 <= plan.coarse + plan.chosen <= max(1, min(round(budget * height * width), 1000))
     assert plan.chosen <= plan.tokens
+
+
+def test_a_retired_setting_is_passed_over_where_it_changed_nothing_and_refused_elsewhere():
+    values = json.loads(DHAConfig(memory=3).to_json())
+    assert DHAConfig.from_json(json.dumps({**values, "weighted": False})) == DHAConfig(memory=3)
+    with pytest.raises(ConfigError, match="unknown DHA setting.*weighted"):
+        DHAConfig.from_json(json.dumps({**values, "weighted": True}))

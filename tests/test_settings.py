@@ -24,12 +24,12 @@ def test_a_file_counts_over_its_preset_and_an_option_over_the_file(tmp_path):
 
 
 def test_the_options_of_the_published_commands_are_short_for_settings():
-    command = """--teacher t.ckpt --size 128 --levels 0 2 --token-budget 0.25 --coarse-share 0.5 --weighted --memory 8
+    command = """--teacher t.ckpt --size 128 --levels 0 2 --token-budget 0.25 --coarse-share 0.5 --memory 8
         --rank 4 --router 32 --transfer-steps 7 --imitation-steps 5 --quality-steps 3 --batch 2 --seed 9 --work w
         --device cpu --start s.safetensors --control a.safetensors b.safetensors"""
     settings = read(*command.split())
     student = settings.student
-    assert (student.levels, student.token_budget, student.coarse_share, student.weighted) == ((0, 2), 0.25, 0.5, True)
+    assert (student.levels, student.token_budget, student.coarse_share) == ((0, 2), 0.25, 0.5)
     assert (student.memory, student.rank, student.router_width) == (8, 4, 32)
     assert (settings.transfer.steps, settings.imitation.steps, settings.quality.steps) == (7, 5, 3)
     assert (settings.train.batch, settings.train.seed, settings.train.device, settings.data.size) == (2, 9, "cpu", 128)

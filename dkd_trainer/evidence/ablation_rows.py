@@ -63,7 +63,6 @@ def list_part_rows(student: DHAConfig, preset: str) -> list[TrainedRow]:
         "deltas q, k, v": replace(student, deltas=("q", "k", "v")),
         "deltas k, v, out": replace(student, deltas=("k", "v", "out")),
         "twice the rank": replace(student, rank=2 * student.rank),
-        "weighted": replace(student, weighted=not student.weighted),
         "half of the keys on the grid": replace(student, coarse_share=0.5),
         "all keys routed": replace(student, coarse_share=0.0),
     }

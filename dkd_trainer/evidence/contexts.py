@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dha.patch import plain_attention
-from dha.routing import ContextPlan, coarse_indices, rest_weights
+from dha.routing import ContextPlan, coarse_indices
 from dha.sites import SITES
 
 # a builder turns tokens (B, N, C) of an h x w picture into keys and their log-weights; the teacher's attention mass
@@ -36,6 +36,23 @@ def pool_keys(stride: int) -> Builder:
     return build
 
 
+def rest_weights(plan: ContextPlan, chosen: Tensor) -> Tensor:
+    """How many tokens each grid token stands for, (B, coarse): those of its cell that are not among chosen (B, k)."""
+    cells = cell_of_token(plan, chosen.device)
+    counts = torch.bincount(cells, minlength=plan.coarse).float()[None]
+    taken = torch.zeros(len(chosen), plan.coarse, device=chosen.device)
+    return counts - taken.scatter_add_(1, cells[chosen], torch.ones_like(chosen, dtype=taken.dtype))
+
+
+def cell_of_token(plan: ContextPlan, device: torch.device) -> Tensor:
+    """Number of the grid cell (N,) that each token lies in."""
+    rows, columns = (
+        torch.arange(size, device=device) // stride
+        for stride, size in zip(plan.strides, (plan.height, plan.width), strict=True)
+    )
+    return (rows[:, None] * plan.grid[1] + columns).flatten()
+
+
 def grid_and_chosen(stride: int, share: float, by: str, weighted: bool = True) -> Builder:
     """A strided grid plus a share of all tokens, chosen `random`ly or by attention `mass`."""
 
@@ -52,7 +69,7 @@ def grid_and_chosen(stride: int, share: float, by: str, weighted: bool = True) -
         )
         if not weighted:
             return keys, None
-        rest = rest_weights(plan, chosen, x.device).log()
+        rest = rest_weights(plan, chosen).log()
         return keys, torch.cat([torch.zeros_like(chosen, dtype=rest.dtype), rest], 1)
 
     return build
