@@ -2,9 +2,11 @@
 
 import json
 import os
+import re
 
 import pytest
 from PIL import Image
+from safetensors import safe_open
 
 from workflows.formats import to_api
 from workflows.graphs import CHECKPOINT, FOLDER
@@ -13,6 +15,8 @@ from workflows.shipping import build_workflows
 from workflows.words import build_files, pick_ours
 
 WORKFLOWS = sorted(path.stem for path in FOLDER.glob("*.json"))
+MODELS = sorted((FOLDER / "models").glob("dha*/*.safetensors"))
+PLACE = re.compile(r"(?<![\w.])(?:/\w|~/|[A-Za-z]:[\\/])")  # where an absolute path begins
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +60,45 @@ def test_the_smallest_workflow_runs(server):
         pytest.skip(f"{CHECKPOINT} is not there")
     outcome = server.run(to_api(json.loads((FOLDER / "smallest.json").read_text()), server.info))
     assert len(outcome.images("9")) == 1
+
+
+def find_record_faults(text: str, training: dict) -> list[str]:
+    """What is wrong with the record beside a model whose own metadata say `training`."""
+    record = json.loads(text)
+    faults = [f"{name} is another than the model's" for name, value in training.items() if record.get(name) != value]
+    if not isinstance(record.get("seconds"), (int, float)) or record["seconds"] <= 0:
+        faults.append("seconds is no time")
+    if not record.get("command", "").startswith("python -m dkd_trainer"):
+        faults.append("command is none of the trainer")
+    return faults + [f"names a place: {text[m.start() :][:20]!r}" for m in PLACE.finditer(text)]
+
+
+@pytest.mark.parametrize("model", MODELS, ids=lambda path: path.stem)
+def test_what_stands_beside_a_model_is_its_own_and_names_no_place(model):
+    """Settings as TOML are there for every model; the record of its training may be."""
+    settings, record = model.with_suffix(".toml"), model.with_suffix(".json")
+    assert not PLACE.search(settings.read_text(encoding="utf-8"))
+    with safe_open(model, "pt") as file:
+        training = json.loads(file.metadata()["training"])
+    assert training["run"]
+    if record.is_file():
+        assert find_record_faults(record.read_text(encoding="utf-8"), training) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        ({}, None),
+        ({"seconds": "1.5"}, "seconds"),
+        ({"run": {"steps": 2}}, "run is another"),
+        ({"command": "python -m dkd_trainer --out s.safetensors --set data.cache=/home/me/cache"}, "names a place"),
+        ({"command": "train.sh"}, "command"),
+    ],
+)
+def test_a_wrong_record_is_found(change, fault):
+    good = {"command": "python -m dkd_trainer --data ../pairs/train", "seconds": 1.5, "run": {"steps": 1}}
+    faults = find_record_faults(json.dumps({**good, **change}), {"run": {"steps": 1}})
+    assert [fault in found for found in faults] == ([True] if fault else [])
 
 
 def test_locale_and_help_pages_are_up_to_date(server):
