@@ -278,3 +278,14 @@ def test_two_processes_share_the_work(pairs, teacher, corpus, studio, tmp_path):
     assert all(out.startswith("10 pairs") for out, _ in outputs)
     assert_same(open_pairs(pairs, teacher, tmp_path), corpus)
     assert not list(tmp_path.rglob("*.lock")) and not list(tmp_path.rglob("*.partial"))
+
+
+def test_drawing_in_bf16_is_near_and_kept_apart(teacher, tmp_path):
+    source = tmp_path / "prompts.txt"
+    source.write_text("octopus\n")
+    drawn = [
+        open_pairs(source, teacher, tmp_path / "cache", drawing=Drawing(steps=3, cfg=2.0, precision=precision))
+        for precision in ("fp32", "bf16")
+    ]
+    whole, half = (corpus.read([0])[0] for corpus in drawn)
+    assert drawn[1].made == 1 and 1e-4 < ((whole - half).norm() / whole.norm()).item() < 0.05

@@ -45,7 +45,7 @@ def open_pairs(source: str, teacher: Teacher, settings: Settings, quiet: bool = 
         max_ratio=data.max_ratio,
         min_side=data.min_side or None,
         limit=limit,
-        drawing=Drawing(data.draw_steps, data.draw_guidance, data.draw_seed),
+        drawing=Drawing(data.draw_steps, data.draw_guidance, data.draw_seed, settings.train.precision),
         effort=Effort(quiet=quiet),
     )
 

@@ -15,17 +15,22 @@ from .source import DataError, Refused
 
 @dataclass(frozen=True)
 class Drawing:
-    """How the teacher draws: Euler steps, scale of the guidance, and the seed that the noise depends on."""
+    """How the teacher draws: Euler steps, scale of the guidance, the seed that the noise depends on, fp32 or bf16."""
 
     steps: int = 25
     cfg: float = 7.5
     seed: int = 0
+    precision: str = "fp32"
 
     def __post_init__(self):
         if self.steps < 1 or self.cfg < 0:
             raise DataError(
                 f"drawing takes {self.steps} steps at cfg {self.cfg}; expected 1 or more, and cfg 0 or more"
             )
+
+    def list_values(self) -> list[float | str]:
+        """What a latent depends on beside its prompt and noise."""
+        return [self.steps, self.cfg, *([self.precision] if self.precision != "fp32" else [])]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +63,8 @@ def draw_latents(
 
         def predict(x: Tensor, t: Tensor, both: Tensor = both) -> Tensor:
             doubled, times = torch.cat([x, x]), torch.cat([t, t])
-            prediction = teacher.predict(doubled, times.to(x.device), both)
+            with torch.autocast(x.device.type, torch.bfloat16, enabled=drawing.precision == "bf16"):
+                prediction = teacher.predict(doubled, times.to(x.device), both)
             cond, uncond = to_noise(prediction, doubled, times, teacher.prediction).chunk(2)
             return uncond + drawing.cfg * (cond - uncond)
 

@@ -118,7 +118,7 @@ class Encoder:
         size, drawing, prompts = self.framing.size, self.drawing, [pair.prompt for pair in listing.pairs]
         contexts = self.fill_contexts(prompts)
         reader, seeds = Reader(contexts.files), plan_seeds(prompts, drawing.seed)
-        keys = [make_key("drawn", p, seed, drawing.steps, drawing.cfg) for p, seed in zip(prompts, seeds, strict=True)]
+        keys = [make_key("drawn", p, seed, *drawing.list_values()) for p, seed in zip(prompts, seeds, strict=True)]
         sketches = {}
         for key, prompt, seed in zip(keys, prompts, seeds, strict=True):
             place = contexts.find(make_key("prompt", prompt))

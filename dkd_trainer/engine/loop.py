@@ -155,7 +155,7 @@ class Training:
         factors = self.balance.weigh(stage, step)
         sums: dict[str, torch.Tensor] = {}
         for part in parts:
-            with torch.autocast(self.teacher.device.type, torch.bfloat16, enabled=train.precision == "bf16"):
+            with self.lower_precision():
                 terms = stage.measure(self.teacher, self.student, part, train.checkpointing)
             total = sum(factors[name] * value for name, value in terms.items()) / len(parts)
             total.backward()
@@ -178,6 +178,10 @@ class Training:
             torch._foreach_lerp_(list(self.average.parameters()), self.parameters, 1 - decay)
         self.balance.follow(stage, self.losses)
         return asked > 0
+
+    def lower_precision(self) -> torch.autocast:
+        """Where the models compute in what the settings say; their weights stay as they are."""
+        return torch.autocast(self.teacher.device.type, torch.bfloat16, enabled=self.settings.train.precision == "bf16")
 
     def run(self) -> Student:
         """All steps that are left, then the files."""
@@ -233,7 +237,8 @@ class Training:
         """Validation and sheet, at their intervals and in the end."""
         watch, steps = self.settings.watch, self.settings.steps
         if watch.validate_every and (done % watch.validate_every == 0 or done == steps):
-            self.errors = self.examination.measure_errors(self.average)
+            with self.lower_precision():
+                self.errors = self.examination.measure_errors(self.average)
             self.journal.write("validation", step=done, errors=self.errors)
             board.add("validation", self.errors, done)
         if watch.sheet_every and (done % watch.sheet_every == 0 or done == steps):
