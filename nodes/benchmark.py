@@ -16,6 +16,8 @@ from .timing import Sampling, count_steps, time_both
 
 SIZE = re.compile(r"(\d+)(?:\s*[x×]\s*(\d+))?")
 STRIDE, SMALLEST, LARGEST = 8, 64, 8192  # pixels
+# What PyTorch says of it as a plain RuntimeError: MPS, the CPU, the CPU on Windows, and MPS of a single tensor.
+NO_ROOM = ("out of memory", "can't allocate memory", "not enough memory", "Invalid buffer size")
 PREVIEW = 512
 
 
@@ -66,6 +68,10 @@ class Benchmark(io.ComfyNode):
         )
 
     @classmethod
+    def fingerprint_inputs(cls, **_):
+        return float("nan")  # so that queueing it again measures again
+
+    @classmethod
     def execute(cls, original, student, positive, negative, sizes, steps, repeats, cfg, batch_size) -> io.NodeOutput:
         wanted = read_sizes(sizes)
         sampling = Sampling(0, steps, cfg, "euler", "normal", positive, negative, 1.0)
@@ -113,10 +119,17 @@ def time_size(sampling: Sampling, models, latent: dict, repeats: int, progress) 
     size = {"width": width, "height": height}
     try:
         _, laps = time_both(sampling, models, latent, repeats, progress)
-    except comfy.model_management.OOM_EXCEPTION:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         comfy.model_management.soft_empty_cache()
         return {**size, "error": "out of memory"}
     return {**size, **report_laps(laps)}
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether a tensor did not fit, on whatever device."""
+    return isinstance(error, comfy.model_management.OOM_EXCEPTION) or any(words in str(error) for words in NO_ROOM)
 
 
 def draw_chart(report: dict[str, Any], model):

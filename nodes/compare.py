@@ -112,6 +112,10 @@ class CompareModels(io.ComfyNode):
         )
 
     @classmethod
+    def fingerprint_inputs(cls, **_):
+        return float("nan")  # so that queueing it again measures again
+
+    @classmethod
     def execute(cls, original, student, latent_image, repeats: int = 1, **settings) -> io.NodeOutput:
         sampling, models = Sampling(**settings), {"original": original, "student": student}
         progress = comfy.utils.ProgressBar(count_steps(sampling, len(models), repeats))

@@ -64,6 +64,11 @@ def test_the_chart_has_a_bar_for_each_model(server):
         assert found[70:].sum() > 1000, "beside the legend, a bar"
 
 
+def test_the_same_graph_measures_again(server):
+    first, second = (json.loads(run(server, benchmark("64")).text("7")) for _ in range(2))
+    assert first["sizes"][0]["original"]["seconds"] != second["sizes"][0]["original"]["seconds"]
+
+
 @pytest.mark.parametrize("sizes", ["", "abc", "100", "64x", "32", "9000", "64 128", "-64"])
 def test_wrong_sizes_are_explained(server, sizes):
     with pytest.raises(ServerError, match="DHA Benchmark found .*(expected|enter)"):
@@ -116,19 +121,34 @@ def test_weights_of_a_student_are_counted(studio, student, memory):
     assert both - alone == student.patcher.model_size() > 0
 
 
-def test_a_size_that_does_not_fit_is_left_out(pack, monkeypatch):
+NO_ROOM = {
+    "cuda": lambda: raise_error(torch.cuda.OutOfMemoryError("Allocation on device")),
+    "cpu": lambda: torch.empty(2**60),
+    "windows": lambda: raise_error(RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9")),
+    "mps": lambda: raise_error(RuntimeError("MPS backend out of memory (MPS allocated: 9 GB, max allowed: 9 GB)")),
+    "one tensor on mps": lambda: raise_error(RuntimeError("Invalid buffer size: 32.00 GB")),
+}
+
+
+def raise_error(error):
+    raise error
+
+
+@pytest.mark.parametrize("fail", NO_ROOM.values(), ids=NO_ROOM)
+def test_a_size_that_does_not_fit_is_left_out(pack, monkeypatch, fail):
     """The other sizes are still measured; the chart and the table say which one was too large."""
-    import comfy.model_management
-
     module = sys.modules[f"{pack.__name__}.nodes.benchmark"]
-
-    def fail(*_):
-        raise comfy.model_management.OOM_EXCEPTION("no room")
-
-    monkeypatch.setattr(module, "time_both", fail)
+    monkeypatch.setattr(module, "time_both", lambda *_: fail())
     size = module.time_size(None, {}, module.make_latent(128, 64, 1), 1, None)
     assert size == {"width": 128, "height": 64, "error": "out of memory"}
     report = {"sizes": [size]}
     assert module.tabulate(report)[1][1] == "out of memory"
     assert module.summarise(report) == "no size fitted into the memory"
     module.draw_bars(report["sizes"], "title")
+
+
+def test_another_error_is_not_taken_for_a_size_that_does_not_fit(pack, monkeypatch):
+    module = sys.modules[f"{pack.__name__}.nodes.benchmark"]
+    monkeypatch.setattr(module, "time_both", lambda *_: torch.zeros(2) @ torch.zeros(3))
+    with pytest.raises(RuntimeError, match="inconsistent tensor size"):
+        module.time_size(None, {}, module.make_latent(128, 64, 1), 1, None)
