@@ -7,8 +7,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .config import NORM_GROUPS
+from .official import ExternalAttention
+
 PREFIX = "control_model."  # of its weights in published checkpoints and in our files
 LATENT_CHANNELS, HINT_WIDTH = 4, 512
+ATTENTIONS = ("self", "external")  # of a teacher's branch and of a published student's
 
 
 class Pair(NamedTuple):
@@ -33,13 +37,24 @@ class FCNet(nn.Module):
 
     `encoder` is a UNet of the host's: its `time_embed`, `input_blocks` and `middle_block` become this branch's own, so
     that the forward passes of the blocks, called as `block(h, emb, context, options)`, are the host's as well.
-    State names are as published, below `control_model.`. `operations` supplies Conv2d.
+    State names are as published, below `control_model.`. `operations` supplies Conv2d and LayerNorm. Published students
+    have `external` attention in place of self-attention, and fewer `norm_groups` in front of each transformer.
     """
 
-    def __init__(self, encoder: Any, operations=nn, hint_width: int = HINT_WIDTH, **factory):
+    def __init__(
+        self,
+        encoder: Any,
+        operations=nn,
+        hint_width: int = HINT_WIDTH,
+        attention: str = "self",
+        norm_groups: int = NORM_GROUPS,
+        **factory,
+    ):
         super().__init__()
+        self.attention = attention
         self.time_embed, self.input_blocks = encoder.time_embed, encoder.input_blocks
         self.middle_block = encoder.middle_block
+        self.adapt_transformers(norm_groups, operations)
 
         def connect(inputs: int, outputs: int) -> nn.Module:
             return operations.Conv2d(inputs, outputs, 1, **factory)
@@ -55,6 +70,13 @@ class FCNet(nn.Module):
         self.middle_block_out_add = nn.Sequential(connect(middle, middle))
         self.middle_block_out_mul = nn.Sequential(connect(middle, middle))
 
+    def adapt_transformers(self, norm_groups: int, operations) -> None:
+        for transformer in [module for module in self.modules() if hasattr(module, "transformer_blocks")]:
+            transformer.norm.num_groups = norm_groups
+            if self.attention == "external":
+                for block in transformer.transformer_blocks:
+                    block.attn1 = BranchAttention(block.attn1, operations)
+
     def embed_hint(self, hint: Tensor) -> Pair:
         """The hint (B, 4, h, w), a band of the source latent, as what it does to the first feature map (B, C, h, w)."""
         features = self.input_hint_block(hint)
@@ -65,6 +87,8 @@ class FCNet(nn.Module):
 
         `hint` is from `embed_hint`, timesteps (B,), context (B, 77, C); `options` go to the blocks and are written to.
         """
+        if self.attention == "external":  # a student's patches are meant for a self-attention's projections
+            options = {name: value for name, value in options.items() if name not in ("patches", "patches_replace")}
         width = self.time_embed[0].in_features
         emb = self.time_embed(embed_time(timesteps, width).to(x.dtype))
         for patch in options.get("patches", {}).get("emb_patch", []):
@@ -79,6 +103,21 @@ class FCNet(nn.Module):
         options["block"] = ("middle", 0)
         h = self.middle_block(h, emb, context, options)
         return [*pairs, Pair(self.middle_block_out_add(h), self.middle_block_out_mul(h))]
+
+
+class BranchAttention(ExternalAttention):
+    """External attention in the place, and of the heads and width, of a self-attention of the host's."""
+
+    def __init__(self, replaced: Any, operations=nn):
+        channels, heads = replaced.to_q.in_features, replaced.heads
+        with replaced.to_q.weight.device:
+            super().__init__(channels, heads, channels // heads, operations)
+        for slots in (self.k, self.v):
+            nn.init.normal_(slots, std=channels**-0.5)
+
+    def forward(self, x: Tensor, context=None, value=None, transformer_options=None) -> Tensor:
+        """(B, N, C) -> (B, N, C), whatever else a block of the host's gives to a self-attention."""
+        return super().forward(x)
 
 
 def embed_time(timesteps: Tensor, width: int) -> Tensor:

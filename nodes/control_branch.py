@@ -51,7 +51,8 @@ def build_branch(model, name: str, control: ControlFile) -> comfy.model_patcher.
     config = {**model.model.model_config.unet_config, "dtype": dtype, "device": "meta", "in_channels": LATENT_CHANNELS}
     config.pop("disable_unet_model_creation", None)
     operations = comfy.ops.manual_cast
-    branch = FCNet(UNetModel(**config, operations=operations), operations, dtype=dtype, device="meta")
+    kind = {"attention": control.config.attention, "norm_groups": control.config.norm_groups}
+    branch = FCNet(UNetModel(**config, operations=operations), operations, **kind, dtype=dtype, device="meta")
     check_control(name, control, branch, architecture)
     if control.config.rank and control.teacher != fingerprint(base):
         logging.info("Frequency control: %s changes the encoder of another checkpoint than the one connected.", name)

@@ -16,9 +16,10 @@ from ..host import Teacher
 PARTS = ("time_embed", "input_blocks", "middle_block")
 
 
-def build_branch(teacher: Teacher) -> FCNet:
+def build_branch(teacher: Teacher, config: ControlConfig) -> FCNet:
     """An FCNet of copies of a teacher's layers."""
-    return FCNet(SimpleNamespace(**{part: copy.deepcopy(getattr(teacher.unet, part)) for part in PARTS}))
+    encoder = SimpleNamespace(**{part: copy.deepcopy(getattr(teacher.unet, part)) for part in PARTS})
+    return FCNet(encoder, attention=config.attention, norm_groups=config.norm_groups)
 
 
 class Frame(nn.Module):
@@ -41,7 +42,7 @@ class TrainedBranch(nn.Module):
         self.config = config
         state = teacher.unet.state_dict()
         base = {name: tensor for name, tensor in state.items() if name.startswith(ENCODER)}
-        branch = build_branch(teacher)
+        branch = build_branch(teacher, config)
         weights = start_weights(branch, base, config.rank)
         self.weights = nn.ParameterDict({name.replace(".", "/"): tensor for name, tensor in weights.items()})
         self.shared = [Frame(branch.to("meta")), base]  # in a list: neither counts as a part of this module

@@ -46,7 +46,7 @@ def read_arguments(arguments: list[str]) -> argparse.Namespace:
     train.add_argument("--comfyui", default=None, help="ComfyUI's folder, when not on PYTHONPATH (or COMFYUI_PATH)")
     for option, (name, kind, text) in OPTIONS.items():
         train.add_argument(option, dest=name, type=kind, help=f"{text} [{name}]")
-    convert = commands.add_parser("convert", help="read the control branch of a published FCDiffusion teacher or student")
+    convert = commands.add_parser("convert", help="read the branch of a published FCDiffusion teacher or student")
     convert.add_argument("checkpoint", type=Path, help="a Lightning checkpoint; nothing in it is executed")
     convert.add_argument("--band", required=True, choices=list(BANDS), help="the band it was trained for")
     convert.add_argument(

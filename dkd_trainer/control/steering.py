@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dha.control import FCNet, Pair, control_options
-from dha.control_file import ControlFile, check_control, load_control
+from dha.control_file import ControlConfig, ControlFile, check_control, load_control
 from dha.control_weights import ENCODER, merge_weights
 from dha.frequency import filter_band
 
@@ -19,7 +19,7 @@ class FrozenBranch:
     """A control's file with its branch on a teacher; raises ControlFileError when the two do not fit."""
 
     def __init__(self, name: str, control: ControlFile, teacher: Teacher):
-        self.name, self.control, self.branch = name, control, build_frozen(teacher)
+        self.name, self.control, self.branch = name, control, build_frozen(teacher, control.config)
         check_control(name, control, self.branch, teacher.architecture)
         state = teacher.unet.state_dict()
         base = {name: tensor for name, tensor in state.items() if name.startswith(ENCODER)}
@@ -32,7 +32,8 @@ class FrozenBranch:
 
     def fit(self, teacher: Teacher) -> FCNet:
         """The branch, or for a teacher of other widths an untrained one, which is as fast."""
-        return self.branch if teacher.architecture == self.control.architecture else build_frozen(teacher)
+        same = teacher.architecture == self.control.architecture
+        return self.branch if same else build_frozen(teacher, self.control.config)
 
     def as_options(
         self, teacher: Teacher, sources: Tensor, strength: float = 1.0, seed: int = 0, inner: dict | None = None
@@ -52,9 +53,9 @@ class FrozenBranch:
         return control_options(steer)
 
 
-def build_frozen(teacher: Teacher) -> FCNet:
+def build_frozen(teacher: Teacher, config: ControlConfig) -> FCNet:
     """An untrained branch on the teacher's device."""
-    return build_branch(teacher).to(teacher.device).eval().requires_grad_(False)
+    return build_branch(teacher, config).to(teacher.device).eval().requires_grad_(False)
 
 
 def read_branches(files: list[Path], teacher: Teacher) -> dict[str, FrozenBranch]:
