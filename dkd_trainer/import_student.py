@@ -2,7 +2,8 @@
 
 The published training changed the UNet's decoder as well, which a student's file cannot hold. With `--base` what
 differs from that checkpoint is written beside the student, for ComfyUI's own *Load LoRA (Model)* at strength 1. The
-control branch, without which a published student does not follow its source picture, is left out.
+control branch, without which a published student does not follow its source picture, is left out: it is read by
+`python -m dkd_trainer control convert`.
 """
 
 import argparse
