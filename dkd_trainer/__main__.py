@@ -1,7 +1,4 @@
-"""`python -m dkd_trainer`: distil a student from a teacher checkpoint and a folder of pictures with prompts.
-
-`python -m dkd_trainer evaluate ...` and `python -m dkd_trainer import ...` are the other commands.
-"""
+"""`python -m dkd_trainer`: distil a student from a teacher checkpoint and a folder of pictures with prompts."""
 
 import argparse
 import importlib
@@ -13,23 +10,32 @@ from .fields import SettingsError
 from .host import ensure_comfy
 from .settings import Settings, assemble_settings, list_presets, parse_override, share_steps
 
-COMMANDS = {  # modules with a `main` of their own
-    "ablation": "evidence.ablation",
-    "control": "control.command",
-    "encode": "data.encode",
-    "evaluate": "evidence.evaluate",
-    "import": "import_student",
+COMMANDS = {  # modules with a `main` of their own, and what they do
+    "ablation": ("evidence.ablation", "what each stage and each part of a student is worth, at equal training time"),
+    "control": ("control.command", "train a frequency control, convert a published one, or evaluate them"),
+    "encode": ("data.encode", "fill a cache with latents and text embeddings ahead of training"),
+    "evaluate": ("evidence.evaluate", "compare teacher, students and peers on held-out pairs"),
+    "import": ("import_student", "turn a published student into a file for Load DHA Student"),
 }
+ORDER = """\
+Settings count in this order: defaults, preset, file, options. All of them stand, with their values, in the .toml file
+beside a finished student. The same command goes on where it was stopped."""
+
+
+def describe_commands() -> str:
+    """What stands above the options in the help."""
+    others = "\n".join(f"  {name:<9} {text}" for name, (_, text) in COMMANDS.items())
+    return f"{__doc__}\n\nother commands, each with a --help of its own (python -m dkd_trainer COMMAND ...):\n{others}"
 
 
 def read_arguments(arguments: list[str]) -> argparse.Namespace:
     """The command line; an option with a dotted `dest` is short for the setting of that name, and so is `start`."""
     parser = argparse.ArgumentParser(
         prog="python -m dkd_trainer",
-        description=__doc__,
+        description=describe_commands(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
-        epilog="Settings count in this order: defaults, preset, file, options. All of them stand, with their values, "
-        "in the .toml file beside a finished student. The same command goes on where it was stopped.",
+        epilog=ORDER,
     )
     parser.add_argument("--config", type=Path, default=None, help="a TOML file of settings")
     parser.add_argument("--preset", choices=list_presets(), default="", help="start from shipped settings")
@@ -126,7 +132,7 @@ def train(settings: Settings, dry_run: bool) -> None:
 def main() -> None:
     """Another command's main, or a training."""
     if sys.argv[1:2] and sys.argv[1] in COMMANDS:
-        return importlib.import_module(f".{COMMANDS[sys.argv[1]]}", __package__).main(sys.argv[2:])
+        return importlib.import_module(f".{COMMANDS[sys.argv[1]][0]}", __package__).main(sys.argv[2:])
     args = read_arguments(sys.argv[1:])
     settings = read_settings(args)
     ensure_comfy(args.comfyui, settings.train.device)

@@ -38,7 +38,7 @@ def read_command(command: str, monkeypatch) -> None:
     if arguments[0] not in trainer.COMMANDS:
         args = trainer.read_arguments(arguments)
         return None if args.config else trainer.read_settings(args)
-    place = trainer.COMMANDS[arguments.pop(0)]
+    place, _ = trainer.COMMANDS[arguments.pop(0)]
     if arguments[:1] == ["evaluate"]:
         place = "control.evaluate"
         arguments.pop(0)
@@ -53,6 +53,18 @@ def test_the_pages_show_commands_of_every_kind():
 @pytest.mark.parametrize(("page", "command"), COMMANDS)
 def test_a_command_on_a_page_is_accepted(page, command, monkeypatch):
     read_command(command, monkeypatch)
+
+
+def test_help_names_every_command_and_each_has_its_own(capsys):
+    trainer = importlib.import_module("dkd_trainer.__main__")
+    with pytest.raises(SystemExit):
+        trainer.read_arguments(["--help"])
+    shown = capsys.readouterr().out
+    for name, (place, text) in trainer.COMMANDS.items():
+        assert re.search(rf"^  {name} +{re.escape(text)}$", shown, re.M)
+        with pytest.raises(SystemExit) as ended:
+            importlib.import_module(f"dkd_trainer.{place}").main(["--help"])
+        assert not ended.value.code and f"dkd_trainer {name}" in capsys.readouterr().out
 
 
 def test_a_command_that_is_no_more_is_found(monkeypatch):
