@@ -9,9 +9,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+from test_training_record import write_training
 
-from workflows.formats import to_api
-from workflows.graphs import FOLDER
+from workflows.formats import to_api, to_ui
+from workflows.graphs import FOLDER, node
 from workflows.server import choose_device_flags, find_comfyui, serve
 
 pytest.importorskip("playwright", reason="comes with `python3 install.py --test`")
@@ -33,7 +34,7 @@ def server(tmp_path_factory):
     (base / "input").mkdir()
     shutil.copy(comfyui / "input" / "example.png", base / "input")
     with serve(comfyui, base, flags=FLAGS) as running:
-        running.info = running.get("/object_info")
+        running.info, running.base = running.get("/object_info"), base
         yield running
 
 
@@ -128,9 +129,26 @@ def test_compare_pictures_shows_both_pictures_in_one_place(frontend):
     assert not student.is_visible() and page.locator(".dha-label").inner_text() == "difference"
     shoot(frontend, "difference", box)
     assert "PSNR" in page.locator(".dha-table").last.inner_text()
+    assert save_json(page)["psnr"] > 0
+
+
+def save_json(page) -> dict:
+    """What the button of the last node that has one saves."""
     with page.expect_download() as download:
         page.get_by_role("button", name="Save JSON").last.click()
-    assert json.loads(Path(download.value.path()).read_text())["psnr"] > 0
+    return json.loads(Path(download.value.path()).read_text())
+
+
+def test_a_training_is_shown_with_its_figures(server, frontend):
+    write_training(server.base / "output" / "dkd" / "owl" / "0123", end="end")
+    graph = {"1": node("DKDTrainingRecord", training="owl/0123")}
+    frontend.load(to_ui(graph, server.get("/object_info"), [["1"]], "A training's record."))
+    frontend.queue()
+    assert frontend.finish() == "execution_success"
+    frontend.zoom("DKDTrainingRecord")
+    assert frontend.page.locator(".dha-summary").inner_text().startswith("finished: imitation 10/10")
+    assert "held-out error" in frontend.page.locator(".dha-table").inner_text()
+    assert save_json(frontend.page)["training"] == "owl/0123"
 
 
 def test_every_node_has_a_help_page(server, frontend):

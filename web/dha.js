@@ -4,7 +4,14 @@ import { element, makeReport } from './report.js'
 import { Slider } from './slider.js'
 
 // Pixels that a node's results need; a slider takes what there is.
-const HEIGHT = { DHACompareModels: 190, DHAComparePictures: 480, DHABenchmark: 200, DHARoutingMap: 175, DKDTrain: 210 }
+const HEIGHT = {
+  DHACompareModels: 190,
+  DHAComparePictures: 480,
+  DHABenchmark: 200,
+  DHARoutingMap: 175,
+  DKDTrain: 210,
+  DKDTrainingRecord: 210
+}
 
 function addStyle() {
   const style = element('link', '')
