@@ -215,11 +215,19 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise SettingsError(f"{path} cannot be read as a TOML file: {error}") from error
 
 
-def read_preset(name: str) -> dict[str, Any]:
-    """A shipped preset's tables."""
+def read_preset(name: str, steered: bool = False) -> dict[str, Any]:
+    """A shipped preset's tables; with `steered` together with what it says of pairs alone."""
     if name not in list_presets():
         raise SettingsError(f"setting 'preset' is {name!r}, expected one of {', '.join(list_presets())}")
-    return read_toml(PRESETS / f"{name}.toml")
+    tables = read_toml(PRESETS / f"{name}.toml")
+    further = tables.pop("steered", {})
+    return merge(tables, further) if steered else tables
+
+
+def is_steered(tables: Mapping[str, Any]) -> bool:
+    """Whether controls are given whose branches run with the student."""
+    pair = tables.get("pair", {})
+    return isinstance(pair, Mapping) and bool(pair.get("controls")) and pair.get("branch", True) is True
 
 
 def parse_override(argument: str) -> tuple[str, Any]:
@@ -247,8 +255,9 @@ def assemble_settings(
     over: dict[str, Any] = {}
     for name, value in overrides:
         over = merge(over, nest(name, value))
-    base = merge(default_tables(), read_preset(preset) if preset else {})
-    return build(Settings, {**merge(merge(base, tables), over), "preset": preset})
+    given = merge(tables, over)
+    base = merge(default_tables(), read_preset(preset, is_steered(given)) if preset else {})
+    return build(Settings, {**merge(base, given), "preset": preset})
 
 
 def share_steps(settings: Settings, total: int) -> Settings:

@@ -156,6 +156,17 @@ def test_the_controls_terms_need_a_branch_that_runs_with_the_student(make_settin
             prepare(make_settings(imitation__control=0.5, **changes))
 
 
+def test_the_official_pair_learns_by_the_published_control_terms(make_settings, prepare):
+    parts = {"mode": "official", "levels": [0, 1, 2, 3], "memory": 0, "rank": 0, "router_width": 0}
+    changes = {f"student__{name}": value for name, value in parts.items()}
+    training = prepare(make_settings(preset="official", transfer__steps=0, **changes))
+    _, losses = measure(training, 0)
+    assert losses.keys() == {"output", "noise", "blocks", "maps", "routing", "control", "control_blocks"}
+    weights = training.balance.weigh(training.stages[0], 0)
+    assert (weights["control"], weights["control_blocks"], weights["noise"]) == (0.63, 0.03, 5.0)
+    assert losses["control"] > 0 and losses["control_blocks"] > 0
+
+
 def test_guided_predictions_are_steered_in_both_halves(make_settings, prepare):
     training = prepare(make_settings(imitation__guidance=[3.0, 3.0]))
     batch, losses = measure(training, 3)

@@ -101,10 +101,26 @@ def test_written_settings_read_back_as_they_were(tmp_path, preset):
 
 @pytest.mark.parametrize("preset", list_presets())
 def test_a_preset_holds_only_what_differs_from_the_defaults(preset):
-    defaults = default_tables()
-    for section, table in read_toml(PRESETS / f"{preset}.toml").items():
+    defaults, tables = default_tables(), read_toml(PRESETS / f"{preset}.toml")
+    for section, table in (*tables.pop("steered", {}).items(), *tables.items()):
         same = [name for name, value in table.items() if defaults[section][name] == value]
         assert not same, f"[{section}] {same}"
+
+
+def test_the_official_preset_has_the_published_control_terms_where_controls_are_given(tmp_path):
+    def list_terms(*arguments):
+        settings = read("--preset", "official", *arguments)
+        return [(part.control, part.control_blocks) for part in (settings.imitation, settings.quality)]
+
+    published, none = (0.63, 0.03), (0.0, 0.0)
+    steered = ("--control", "low.safetensors")
+    assert list_terms() == [none, none] and list_terms(*steered) == [published, published]
+    assert list_terms(*steered, "--set", "imitation.control=0") == [(0.0, 0.03), published]
+    assert list_terms(*steered, "--set", "pair.branch=false") == [none, none]
+    file = tmp_path / "run.toml"
+    file.write_text('preset = "official"\n[pair]\ncontrols = ["low.safetensors"]\n[quality]\ncontrol_blocks = 0.5\n')
+    assert list_terms("--config", str(file)) == [published, (0.63, 0.5)]
+    assert read("--preset", "mini", *steered).imitation.control == 0
 
 
 def test_what_decides_the_weights_holds_no_path():
