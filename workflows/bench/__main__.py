@@ -25,6 +25,7 @@ from .schedule import LAYER_SIDES, PARTS, SIZES, Task, plan_tasks
 from .step import Size
 from .subjects import TITLES, build_subjects
 
+SAVE_EVERY = 10.0  # seconds: a report with its chart takes half a second, a round on a GPU may take less
 SHORTEST = 20.0  # seconds that a contest may take even where its share is less: the first one wakes the device
 RANDOM_NOTE = "The weights are random: they do not change the time of a step, and nothing here speaks of quality."
 MINI_NOTE = "The mini architecture only tries the bench out: its figures say nothing about the full-size one."
@@ -163,7 +164,7 @@ def run_task(task: Task, device: torch.device, rounds: int, deadline: float, for
 
 
 def run_bench(arguments: argparse.Namespace) -> None:
-    """Measure task by task and keep the report up to date after every round."""
+    """Measure task by task and keep the report up to date, a few seconds behind: on a GPU a round takes less."""
     end = math.inf if arguments.seconds is None else time.monotonic() + arguments.seconds
     device = choose_device(arguments.device)
     settle(arguments, device)
@@ -183,8 +184,13 @@ def run_bench(arguments: argparse.Namespace) -> None:
     tasks = plan_tasks(arguments, subjects, backends, device)
     weights = [task.weight for task in tasks]
 
-    def save() -> dict:
-        return write_report(arguments.out, stem, run)
+    saved = 0.0
+
+    def save() -> None:
+        nonlocal saved
+        if time.monotonic() - saved > SAVE_EVERY:
+            write_report(arguments.out, stem, run)
+            saved = time.monotonic()
 
     for index, task in enumerate(tasks):
         result = Result(task.kind, task.labels)
@@ -192,7 +198,7 @@ def run_bench(arguments: argparse.Namespace) -> None:
         deadline = min(end, max(share_time(weights, index, end), time.monotonic() + SHORTEST))
         run_task(task, device, min(arguments.rounds, task.rounds), deadline, forecast, result, save)
     run.complete = True
-    print_summary(save())
+    print_summary(write_report(arguments.out, stem, run))
     print(f"Report: {arguments.out / stem}.md, .json, .png")
 
 

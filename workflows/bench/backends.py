@@ -44,7 +44,10 @@ def find_backends(device: torch.device, dtype: torch.dtype) -> tuple[list[str], 
     for name, load in BACKENDS.items():
         try:
             q = torch.randn(1, 64, 128, device=device, dtype=dtype)
-            found += [name] if load()(None, q, q, q, 2).isfinite().all() else []
+            if load()(None, q, q, q, 2).isfinite().all():
+                found.append(name)
+            else:
+                missing[name] = "gives numbers that are not finite"
         except Exception as error:
             missing[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
     return found, missing

@@ -17,7 +17,7 @@ from .model import import_from_pack
 
 MIN_LAP = {"cpu": 0.2, "cuda": 0.05}  # seconds: shorter runs are timed several at once
 COMPILING = 30.0  # seconds that a first compilation is expected to take
-MAX_RUNS = 100
+MAX_RUNS = 2000
 
 
 class Entrant(NamedTuple):
