@@ -1,9 +1,17 @@
-"""Run times of the shipped workflows: what is written says where and with what they were taken."""
+"""Run times of the shipped workflows: each is its own, and what is written says where and with what it was taken."""
 
 import json
+import os
 
+import pytest
+
+pytest.importorskip("aiohttp", reason="workflows run in ComfyUI, whose aiohttp is not installed")
+
+from workflows.formats import to_api
+from workflows.graphs import CHECKPOINT, FOLDER
 from workflows.machine import Machine
-from workflows.run_times import write_times
+from workflows.run_times import make_own, write_times
+from workflows.server import find_comfyui, serve
 
 MACHINE = Machine("a processor", 2, "cpu", "0.3.75", "2.13", "3.11", "abc", "python -m workflows.shipping --thumbnails")
 
@@ -15,3 +23,20 @@ def test_both_files_have_every_workflow_and_the_command(tmp_path):
     text = (tmp_path / "results" / "run-times.md").read_text()
     for part in ("| smallest | 3.1 |", "| train | 61.0 |", "a processor, 2 cores", MACHINE.command, "abc"):
         assert part in text
+
+
+def test_a_timed_workflow_takes_nothing_over_from_another(tmp_path):
+    if not os.environ.get("COMFYUI_PATH") or not (FOLDER / "models" / "checkpoints" / CHECKPOINT).is_file():
+        pytest.skip("COMFYUI_PATH does not point to a ComfyUI, or the mini checkpoint is not there")
+    with serve(find_comfyui(None), tmp_path) as server:
+        graph = to_api(json.loads((FOLDER / "smallest.json").read_text()), server.get("/object_info"))
+
+        def count_cached(mark: str) -> int:
+            before = server.get("/history").keys()
+            server.run(make_own(graph, mark))
+            (ended,) = server.get("/history").keys() - before
+            messages = dict(server.get(f"/history/{ended}")[ended]["status"]["messages"])
+            return len(messages["execution_cached"]["nodes"])
+
+        assert count_cached("one") == 0 == count_cached("another")
+        assert count_cached("another") == len(graph), "the host does keep results"
