@@ -30,12 +30,17 @@ class Step:
 
 @dataclass
 class Recorder:
-    """Listens to the patches of a model at one level, for the first picture of the batch and its positive prompt."""
+    """Listens to the patches of a model at one level, for the first picture of the batch and its positive prompt.
+
+    `size` is that of the whole picture in tokens, (height, width); calls for a part of it are only counted.
+    """
 
     level: int
+    size: tuple[int, int]
     plan: ContextPlan | None = None
     layers: set[str] = field(default_factory=set)
     is_routed: bool = False
+    partial: int = 0
     calls: list[torch.Tensor] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
 
@@ -44,13 +49,16 @@ class Recorder:
         rows = options.get("cond_or_uncond") or [0]
         if site.level != self.level or 0 not in rows:
             return
+        if (plan.height, plan.width) != self.size:
+            self.partial += 1
+            return
         self.plan = plan
         self.layers.add(site.name)
         kept = torch.zeros(plan.tokens)
         if chosen is not None:
             self.is_routed = True
             kept[chosen[rows.index(0) * len(chosen) // len(rows)].cpu()] = 1
-        self.calls.append(kept.view(plan.height, plan.width))
+        self.calls.append(kept.view(self.size))
 
     def close_step(self, denoised: torch.Tensor) -> None:
         """What was heard since the last step becomes one."""
@@ -154,7 +162,8 @@ class RoutingMap(io.ComfyNode):
 
 def record(model, sampling: Sampling, latent: dict, level: int, progress) -> Recorder:
     """Sample with a clone that tells what it chooses; the model itself is left as it is."""
-    recorder, watched = Recorder(level), model.clone()
+    height, width = (-(-side // 2**level) for side in latent["samples"].shape[-2:])  # each level has half, rounded up
+    recorder, watched = Recorder(level, (height, width)), model.clone()
     watched.model_options["transformer_options"][WATCH] = recorder.watch
 
     def advance(step, denoised, noisy, total):
@@ -166,7 +175,12 @@ def record(model, sampling: Sampling, latent: dict, level: int, progress) -> Rec
 
 
 def check_recorded(recorder: Recorder, level: str) -> None:
-    """Raises ValueError when no layer of the level ran on a short context."""
+    """Raises ValueError when no layer of the level ran on a short context for the whole picture."""
+    if recorder.partial and not recorder.steps:
+        raise ValueError(
+            "DHA Routing Map found prompts for parts of the picture alone as positive, and expected one for all of it; "
+            "connect it from before Conditioning (Set Area), or add one through Conditioning (Combine)."
+        )
     if not recorder.steps:
         raise ValueError(
             f"DHA Routing Map found no layer at the level {level!r} that runs a student. Connect the model output of "

@@ -43,13 +43,13 @@ def module(pack):
     return sys.modules[f"{pack.__name__}.nodes.routing_map"]
 
 
-def record(studio, module, model, level=0, batch=1, **settings):
+def record(studio, module, model, level=0, batch=1, size=(16, 16), **settings):
     import comfy.utils
 
     conditions = {"positive": studio.positive, "negative": studio.negative, "denoise": 1.0}
     sampling = module.Sampling(**{**SETTINGS, **conditions, **settings})
     with torch.inference_mode():
-        latent = {"samples": torch.zeros(batch, 4, 16, 16)}
+        latent = {"samples": torch.zeros(batch, 4, *size)}
         return module.record(model, sampling, latent, level, comfy.utils.ProgressBar(1))
 
 
@@ -117,6 +117,28 @@ def test_the_second_level_has_a_quarter_of_the_tokens(draw_map, routed):
 def test_a_training_free_model_shows_its_grid_alone(studio, draw_map):
     report = draw_map(studio.apply(levels="finest"))[2]
     assert report["chosen"] == 0 and report["grid"] > 0 and report["ever_chosen"] == 0
+
+
+def confine(studio, prompt):
+    """A prompt for the upper left part of the picture."""
+    area = {"width": 64, "height": 48, "x": 0, "y": 0, "strength": 1.0}
+    return studio.call("ConditioningSetArea", conditioning=prompt, **area)
+
+
+@pytest.mark.parametrize("level", [0, 1])
+def test_of_prompts_for_parts_of_the_picture_that_for_all_of_it_is_shown(studio, module, routed, level):
+    """Also at a size that has no whole half."""
+    part = confine(studio, studio.positive)
+    both = studio.call("ConditioningCombine", conditioning_1=part, conditioning_2=studio.positive)
+    settings = {"level": level, "cfg": 1.0, "steps": 1, "size": (17, 13)}
+    alone, mixed = (record(studio, module, routed, positive=each, **settings) for each in (studio.positive, both))
+    assert mixed.partial and not alone.partial
+    assert torch.equal(mixed.steps[0].kept, alone.steps[0].kept)
+
+
+def test_prompts_for_parts_of_the_picture_alone_are_explained(studio, draw_map, routed):
+    with pytest.raises(ValueError, match="parts of the picture alone.*Conditioning"):
+        draw_map(routed, positive=confine(studio, studio.positive))
 
 
 def test_a_model_without_dha_is_explained(studio, draw_map):
