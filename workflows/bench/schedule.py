@@ -23,10 +23,6 @@ SIZES = {
 LAYER_SIDES = (384, 512, 768, 1024, 1536, 2048, 3072, 4096)
 LAYER_LEVELS = (0, 1, 2)
 FEW = ("dha", "student", "ceiling")  # beside the unpatched model, with kernels that need a setup of their own
-    "dha",
-    "student",
-    "ceiling",
-)  # beside the unpatched model, where every subject costs a compilation or a kernel more
 COMPILED = ("dha-balanced", "student-balanced", "ceiling")
 COMPILED_SIZES = 2
 COMPILING_WEIGHT = 150.0  # four compilations of the UNet
