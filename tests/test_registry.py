@@ -36,15 +36,42 @@ def test_the_host_reads_what_the_registry_requires():
     project, comfy = read_with_host()
     assert re.fullmatch(r"(?!.*[-_.]{2})[a-z][a-z0-9._-]{0,98}", project.name) and "comfyui" not in project.name
     assert re.fullmatch(r"\d+\.\d+\.\d+", project.version)
-    assert comfy.publisher_id and comfy.display_name and len(project.description) < 200
+    assert comfy.display_name and len(project.description) < 200
     assert project.supported_comfyui_version == ">=0.3.64"
 
 
-def test_links_lead_to_a_real_place_or_are_left_out():
-    """Placeholders would be published as they are."""
+def find_placeholders(publisher: str, name: str, links: list[str]) -> list[str]:
+    """What would be published as it is although nobody has set it; account and links are set together or not at all."""
+    real = r"https://(?!.*(example\.|username|<|localhost)).+"
+    faults = [link for link in links if link and not re.fullmatch(real, link)]
+    if publisher and (not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", publisher) or publisher in (name, "publisher")):
+        faults.append(publisher)
+    return faults if all((publisher, *links)) or not any((publisher, *links)) else [*faults, "some are missing"]
+
+
+def test_nothing_is_published_under_a_placeholder():
+    """Without a publisher the registry's tool refuses to publish; a made-up one would be taken."""
     project, comfy = read_with_host()
-    for link in (*project.urls.values(), comfy.icon):
-        assert not link or (link.startswith("https://") and not re.search(r"example\.|username|<|localhost", link))
+    needed = [project.urls["repository"], comfy.icon]
+    assert find_placeholders(comfy.publisher_id, project.name, [*needed, *filter(None, project.urls.values())]) == []
+    contributing = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    assert all(f"`{name}" in contributing for name in ("PublisherId", "Repository", "Icon"))
+
+
+@pytest.mark.parametrize(
+    ("publisher", "links", "faults"),
+    [
+        ("", ["", ""], 0),
+        ("somebody", ["https://git.org/somebody/pack", "https://git.org/somebody/pack/icon.svg"], 0),
+        ("pack", ["https://git.org/somebody/pack", "https://git.org/somebody/pack/icon.svg"], 1),
+        ("somebody", ["https://git.org/username/pack", "https://git.org/somebody/pack/icon.svg"], 1),
+        ("somebody", ["", ""], 1),
+        ("", ["https://git.org/somebody/pack", ""], 1),
+        ("<your id>", ["https://git.org/somebody/pack", "https://git.org/somebody/pack/icon.svg"], 1),
+    ],
+)
+def test_a_placeholder_is_found(publisher, links, faults):
+    assert len(find_placeholders(publisher, "pack", links)) == faults
 
 
 def test_the_version_is_the_one_that_the_changelog_begins_with():
