@@ -2,10 +2,12 @@
 
 import re
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import comfy.model_management
 import comfy.utils
+import torch
 from comfy_api.latest import io
 
 from .export_teacher import check_teacher, collect_weights, hash_weights, write_checkpoint
@@ -15,7 +17,7 @@ from .train_curve import draw_curve, join, open_sheet
 from .train_data import Data, find_data
 from .train_journal import Progress, read_failure, read_progress
 from .train_process import TrainerError, TrainerProcess, check_needs, read_tail
-from .train_run import Choice, Run, check_place, install_student, list_presets, plan_run, write_settings
+from .train_run import Choice, Run, check_place, install_student, list_presets, occupy, plan_run, write_settings
 from .training_record import Training, show_training
 
 PRESET = "preset"
@@ -132,7 +134,7 @@ class DKDTrain(io.ComfyNode):
     def fingerprint_inputs(cls, data_folder="", prompts="", **_):
         try:
             return find_data(data_folder or "", prompts or "").key
-        except (ValueError, OSError) as error:  # execute says it again, on the node
+        except (ValueError, OSError, TrainerError) as error:  # execute says it again, on the node
             return str(error)
 
     @classmethod
@@ -156,29 +158,28 @@ class DKDTrain(io.ComfyNode):
         data = find_data(data_folder, prompts)
         given = (steps or None, size or None, token_budget or None, LEVELS[levels], batch or None)
         choice = Choice(name.strip(), preset, *given, training_seed)
-        run = prepare_run(choice, data, (model, clip, vae))
+        weights = collect_weights(model, clip, vae)
+        run = plan_run(choice, hash_weights(weights), data)
+        check_place(run)
         trained = not run.student.is_file()
         if trained:
-            free_models()
-            train(run, data, cls.hidden.unique_id)
+            check_needs()
+            with occupy(run):
+                prepare(run, choice, data, weights)
+                del weights
+                free_models()
+                train(run, data, cls.hidden.unique_id)
         student = load_into_host(install_student(run), run.student.name)
         outputs, shown = show_results(cls, run, trained)
         return io.NodeOutput(student, *outputs, ui=shown)
 
 
-def prepare_run(choice: Choice, data: Data, models: tuple) -> Run:
-    """The run of these inputs, with all of its files in place unless its student is there already."""
-    weights = collect_weights(*models)
-    run = plan_run(choice, hash_weights(weights), data)
-    check_place(run)
-    if not run.student.is_file():
-        check_needs()
-        run.folder.mkdir(parents=True, exist_ok=True)
-        device = "auto" if comfy.model_management.get_torch_device().type == "cuda" else "cpu"
-        write_settings(run, choice, data, device)
-        if not run.teacher.is_file():
-            write_checkpoint(run.teacher, weights)
-    return run
+def prepare(run: Run, choice: Choice, data: Data, weights: Mapping[str, torch.Tensor]) -> None:
+    """Put all that the trainer reads into the run's folder."""
+    device = "auto" if comfy.model_management.get_torch_device().type == "cuda" else "cpu"
+    write_settings(run, choice, data, device)
+    if not run.teacher.is_file():
+        write_checkpoint(run.teacher, weights)
 
 
 def free_models() -> None:
@@ -198,7 +199,6 @@ def train(run: Run, data: Data, node_id: str) -> None:
         raise TrainerError(explain_failure(run, str(error), begun)) from None
     finally:
         stop(process, node_id)
-        run.teacher.unlink(missing_ok=True)  # it is large, and the same graph makes it again
     if not run.student.is_file():
         raise TrainerError(f"DKD Train: the trainer ended without a student. The end of its log:\n{read_tail(run.log)}")
 

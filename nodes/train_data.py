@@ -9,6 +9,8 @@ from typing import Any
 
 import folder_paths
 
+from .train_process import check_needs
+
 PERMISSIONS = "dkd_train.toml"  # in ComfyUI's user folder, where only the server's owner can write
 ALLOWED = "allowed_data_folders"
 
@@ -101,10 +103,12 @@ def read_permissions() -> list[Path]:
 
 
 def read_toml(path: Path) -> dict[str, Any]:
+    """Raises ValueError for a wrong file, and TrainerError where Python cannot read any."""
     if sys.version_info >= (3, 11):
         import tomllib
     else:
-        import tomli as tomllib  # comes with the extra `train`, not with ComfyUI
+        check_needs(["tomli"])
+        import tomli as tomllib
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

@@ -84,9 +84,14 @@ def build_environment() -> dict[str, str]:
     return {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, **told}
 
 
-def check_needs() -> None:
-    """Raise TrainerError where a library that the trainer needs beyond ComfyUI's own is missing."""
-    if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
+def list_needed() -> list[str]:
+    """What the trainer imports beyond ComfyUI's own; from Python 3.11 on a reader of TOML comes with it."""
+    return [*NEEDED, *([] if sys.version_info >= (3, 11) else ["tomli"])]
+
+
+def check_needs(needed: Sequence[str] = ()) -> None:
+    """Raise TrainerError where a library is missing, one of all that the trainer needs unless it is said which."""
+    if missing := [name for name in needed or list_needed() if importlib.util.find_spec(name) is None]:
         raise TrainerError(
             f'DKD Train needs {" and ".join(missing)}; run "{sys.executable}" -m pip install {" ".join(missing)}, then '
             "queue again"

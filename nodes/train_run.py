@@ -1,11 +1,13 @@
 """Where a training of DKD Train keeps its files, and what its process is told."""
 
+import contextlib
 import filecmp
 import hashlib
 import json
 import os
 import re
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ import folder_paths
 from ..dha.whole_file import write_whole
 from .model_folders import STUDENTS
 from .train_data import Data
+from .train_process import TrainerError
 
 PRESETS = Path(__file__).resolve().parent.parent / "dkd_trainer" / "presets"
 NAME = re.compile(r"\w[\w .-]{0,79}(?<![ .])")
@@ -116,6 +119,30 @@ def plan_run(choice: Choice, teacher: str, data: Data) -> Run:
     return Run(choice.name, folder.resolve(), choice.steps)
 
 
+@contextlib.contextmanager
+def occupy(run: Run) -> Iterator[None]:
+    """Keep a run's folder to this server while the block lasts, and the teacher in it no longer.
+
+    The teacher is large, and the same graph makes it again. Raises TrainerError while another server has the folder; on
+    a file system without locks nothing is kept apart.
+    """
+    from filelock import FileLock, Timeout
+
+    run.folder.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(FileLock(run.folder / "server.lock").acquire(blocking=False))
+        except Timeout:
+            raise TrainerError(
+                f"DKD Train: another ComfyUI with this output folder trains {run.name!r} from the same inputs; wait "
+                "for its end and queue again, or choose another name"
+            ) from None
+        except NotImplementedError:
+            pass
+        stack.callback(run.teacher.unlink, missing_ok=True)
+        yield
+
+
 def write_settings(run: Run, choice: Choice, data: Data, device: str) -> None:
     """Put the trainer's settings, and the prompts if there are any, into the run's folder."""
     source = data.folder or run.folder / "prompts.txt"
@@ -134,13 +161,15 @@ def write_settings(run: Run, choice: Choice, data: Data, device: str) -> None:
 
 
 def check_place(run: Run) -> None:
-    """Raise ValueError where a student of this name lies that no training of this name made: it would be lost."""
-    ours = run.folder.parent.glob(f"*/{run.student.name}")
-    if run.installed.exists() and not any(filecmp.cmp(run.installed, each, shallow=False) for each in ours):
-        raise ValueError(
-            f"DKD Train: models/dha already has a {run.installed.name} that was not trained here; choose another name, "
-            "or move that file away"
-        )
+    """Raise ValueError where a student lies that no training of this name made: it would be lost, or never found."""
+    ours = list(run.folder.parent.glob(f"*/{run.student.name}"))
+    for folder in folder_paths.get_folder_paths(STUDENTS):
+        found = Path(folder, run.student.name)
+        if found.exists() and not any(filecmp.cmp(found, each, shallow=False) for each in ours):
+            raise ValueError(
+                f"DKD Train: Load DHA Student already has a {found.name} that was not trained here; choose another "
+                "name, or move that file away"
+            )
 
 
 def install_student(run: Run) -> Path:

@@ -1,5 +1,7 @@
 """DKD Train reads pictures from the input folder and from folders that the server's owner allowed, no others."""
 
+import sys
+
 import pytest
 from test_train_node import write_pairs
 
@@ -64,6 +66,14 @@ def test_the_servers_owner_can_allow_another_folder(data, tmp_path):
 def test_a_wrong_permission_file_is_explained(data, tmp_path, text):
     (tmp_path / "user" / data.PERMISSIONS).write_text(text)
     with pytest.raises(ValueError, match="dkd_train.toml in ComfyUI's user folder"):
+        data.find_data("pairs", "")
+
+
+def test_a_python_that_cannot_read_toml_is_told_what_brings_it(data, module, monkeypatch, tmp_path):
+    (tmp_path / "user" / data.PERMISSIONS).write_text("allowed_data_folders = []")
+    monkeypatch.setattr(sys, "version_info", (3, 10, 14))
+    monkeypatch.setitem(sys.modules, "tomli", None)  # as if it were not installed
+    with pytest.raises(module("train_process").TrainerError, match="needs tomli; run .* -m pip install tomli"):
         data.find_data("pairs", "")
 
 

@@ -21,6 +21,12 @@ def test_a_missing_library_is_named_with_the_command_that_brings_it(module, monk
         process.check_needs()
 
 
+@pytest.mark.parametrize(("version", "is_needed"), [((3, 10, 14), True), ((3, 11, 0), False)])
+def test_a_reader_of_toml_is_needed_where_python_has_none(module, monkeypatch, version, is_needed):
+    monkeypatch.setattr(sys, "version_info", version)
+    assert ("tomli" in module("train_process").list_needed()) is is_needed
+
+
 def test_an_isolated_python_starts_the_trainer_too(module, tmp_path):
     """The portable ComfyUI's Python heeds neither PYTHONPATH nor the folder it is started in."""
     command = module("train_process").build_command(["--help"], isolated=True)

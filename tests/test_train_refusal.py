@@ -1,8 +1,11 @@
 """DKD Train refuses models, names and inputs that it cannot train with, and hands over patched weights."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import relate
+from filelock import FileLock
 from test_refusal import SD15, build_model
 
 
@@ -53,6 +56,39 @@ def test_a_student_from_elsewhere_is_not_replaced(studio, parts):
     with pytest.raises(ValueError, match="already has a precious.safetensors that was not trained here"):
         attempt(studio, parts, name="precious")
     assert path.read_bytes() == before
+
+
+def test_a_student_of_the_pack_is_not_hidden(studio, parts):
+    """The user's own folder comes first: the example workflows would draw with what is trained there."""
+    with pytest.raises(ValueError, match="already has a mini-sd21-dha.safetensors that was not trained here"):
+        attempt(studio, parts, name="mini-sd21-dha")
+
+
+def find_runs(name: str) -> Path:
+    import folder_paths
+
+    return Path(folder_paths.get_output_directory()) / "dkd" / name
+
+
+def test_a_trainer_that_cannot_be_started_leaves_no_teacher(studio, parts, module, monkeypatch, tmp_path):
+    monkeypatch.setattr(module("train_process"), "build_command", lambda _: [str(tmp_path / "no-python")])
+    with pytest.raises(FileNotFoundError, match="no-python"):
+        attempt(studio, parts, name="unstarted")
+    assert [path.name for path in find_runs("unstarted").glob("*/*.toml")] == ["run.toml"]
+    assert not [*find_runs("unstarted").rglob("*.safetensors*")]
+
+
+def test_what_another_server_trains_is_left_to_it(studio, parts, module, monkeypatch, tmp_path):
+    monkeypatch.setattr(module("train_process"), "build_command", lambda _: [str(tmp_path / "no-python")])
+    with pytest.raises(FileNotFoundError):  # so that there is a folder
+        attempt(studio, parts, name="shared")
+    (folder,) = find_runs("shared").iterdir()
+    for name in ("teacher.safetensors", "train.log"):
+        (folder / name).write_text("the other's")
+    with FileLock(folder / "server.lock"), pytest.raises(RuntimeError, match="another ComfyUI .*trains 'shared'"):
+        attempt(studio, parts, name="shared")
+    for name in ("teacher.safetensors", "train.log"):
+        assert (folder / name).read_text() == "the other's"
 
 
 def test_neither_folder_nor_prompts_is_explained(studio, parts):
