@@ -1,4 +1,4 @@
-"""Whatever a Stable Diffusion 2.x checkpoint is, it teaches: .ckpt as well as .safetensors, eps as well as v prediction."""
+"""Any Stable Diffusion 2.x checkpoint teaches: .ckpt as well as .safetensors, eps as well as v prediction."""
 
 import os
 
