@@ -4,7 +4,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 WIDTHS = (320, 640, 1280)  # SD-2.1's; of other widths nothing is measured, and nothing is held back
-UNMEASURED_TOKENS = 2304  # from here on a short context is used on devices without a table: 384x384 at the finest level
+# from here on a short context is used on devices without a table: on a processor from 384x384 at the finest level, on
+# an accelerator from 768x768 (an estimate: its many small kernels may cost more than the attention that they spare)
+UNMEASURED_TOKENS = {"cpu": 2304, "other": 9216}
 WORTH = 1.02  # a gain below this is within the noise
 
 
@@ -23,6 +25,7 @@ class Payoff:
     """What is known of one device; without rows a rule of thumb stands in."""
 
     rows: tuple[LayerSpeed, ...] = ()
+    unmeasured_tokens: int = UNMEASURED_TOKENS["other"]
 
     def pays(self, tokens: int, channels: int, keys: int) -> bool:
         """Whether a layer of `tokens` gets faster with `keys` of them as keys.
@@ -34,7 +37,7 @@ class Payoff:
             return True
         rows = [row for row in self.rows if row.channels == channels]
         if not rows:
-            return tokens >= UNMEASURED_TOKENS
+            return tokens >= self.unmeasured_tokens
         rows = [row for row in rows if row.tokens <= tokens and row.share * tokens >= keys]
         if not rows:
             return False
@@ -45,4 +48,5 @@ def choose_payoff(tables: Iterable[dict], device: str, dtype: str) -> Payoff:
     """The table of a kind of device (`cpu`, `cuda`) in `dtype` (`fp32`), in another one where that was not measured."""
     same = [table for table in tables if table["device"] == device]
     same.sort(key=lambda table: table["dtype"] != dtype)
-    return Payoff(tuple(LayerSpeed(*row) for row in same[0]["rows"])) if same else Payoff()
+    rows = tuple(LayerSpeed(*row) for row in same[0]["rows"]) if same else ()
+    return Payoff(rows, UNMEASURED_TOKENS.get(device, UNMEASURED_TOKENS["other"]))

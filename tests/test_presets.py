@@ -12,7 +12,7 @@ import torch
 
 from dha.config import DHAConfig
 from dha.patch import Planner, make_patches, plain_attention
-from dha.payoff import UNMEASURED_TOKENS, Payoff, choose_payoff
+from dha.payoff import Payoff, choose_payoff
 from dha.presets import PRESETS
 from dha.sites import SITES, Architecture
 from dha.student import Student
@@ -72,9 +72,9 @@ def test_a_layer_that_was_measured_not_to_pay_stays_as_it_is(tokens, keys, expec
 
 
 def test_without_a_table_only_large_layers_are_shortened():
-    payoff = choose_payoff([TABLE], "xpu", "fp32")
-    assert payoff == Payoff()
-    assert [payoff.pays(tokens, 320, 64) for tokens in (UNMEASURED_TOKENS - 1, UNMEASURED_TOKENS)] == [False, True]
+    for device, start in (("cuda", 9216), ("mps", 9216), ("cpu", 2304)):
+        payoff = choose_payoff([] if device == "cpu" else [TABLE], device, "fp32")
+        assert [payoff.pays(tokens, 320, 64) for tokens in (start - 1, start)] == [False, True]
     assert choose_payoff([TABLE], "cpu", "fp32").pays(4096, 640, 64), "no layer of this width was measured"
 
 
@@ -145,7 +145,7 @@ def test_a_missing_or_odd_file_of_figures_is_no_reason_to_fail(measured, tmp_pat
     if content is not None:
         file.write_text(content)
     found = measured.read_measured(file)
-    assert found["layers"] == [] and choose_payoff(found["layers"], "cpu", "fp32") == Payoff()
+    assert found["layers"] == [] and choose_payoff(found["layers"], "cuda", "fp32") == Payoff()
 
 
 def test_shipped_figures_are_well_formed(measured):
