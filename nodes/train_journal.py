@@ -9,9 +9,10 @@ from typing import Any
 
 @dataclass
 class Progress:
-    """A training so far. `losses` are (step, value) by stage and term, `errors` (step, mean error on held-out pairs).
+    """A training so far. `losses` are (step, value) by stage and term, `errors` (step, error on held-out pairs).
 
-    `starts` are the first steps of the stages, `sheet` is the newest picture of samples, `seconds_left` the time to go.
+    `validation` has the last of these errors in parts. `starts` are the first steps of the stages, `sheet` is the
+    newest picture of samples, `seconds_left` the time to go.
     """
 
     step: int = 0
@@ -21,6 +22,7 @@ class Progress:
     seconds_left: float = 0.0
     losses: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
     errors: list[tuple[int, float]] = field(default_factory=list)
+    validation: dict[str, float] = field(default_factory=dict)
     starts: list[tuple[int, str]] = field(default_factory=list)
     sheet: Path | None = None
 
@@ -72,9 +74,15 @@ def take_in(progress: Progress, entry: dict[str, Any], folder: Path) -> None:
         for name, value in entry["losses"].items():
             progress.losses.setdefault(f"{entry['stage']} {name}", []).append((step, value))
     elif event == "validation":
-        progress.errors.append((step, entry["errors"]["mean"]))
+        progress.validation = entry["errors"]
+        progress.errors.append((step, sum_up(entry["errors"])))
     elif event == "sheet":
         progress.sheet = folder / entry["file"]
+
+
+def sum_up(errors: dict[str, float]) -> float:
+    """A validation as one number: a student's mean; the steered error over the unsteered one of a control."""
+    return errors["mean"] if "mean" in errors else errors["steered"] / errors["unsteered"]
 
 
 def read_failure(journal: Path, since: float) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import folder_paths
 from comfy_api.latest import io, ui
 
-from .model_folders import STUDENTS
+from .model_folders import CONTROLS, STUDENTS
 from .pixels import to_images
 from .tables import MISSING, Table, show_number, show_report, show_text
 from .train_curve import draw_curve, open_sheet
@@ -42,14 +42,16 @@ class TrainingRecord(io.ComfyNode):
             display_name="DKD Training Record",
             category="DHA/train",
             description="Shows losses, samples and figures of a training from what it wrote: of one that runs, was "
-            "stopped or is long finished, by DKD Train or by python -m dkd_trainer.",
+            "stopped or is long finished, by DKD Train or by python -m dkd_trainer, of a student or of a frequency "
+            "control.",
             is_output_node=True,
             inputs=[
                 io.Combo.Input(
                     "training",
                     options=[*find_trainings()] or [NOTHING],
                     tooltip="The newest first: those of DKD Train as student/run, from output/dkd; those of the shell "
-                    "by the student's name, where it was written to models/dha. Press R to see new ones.",
+                    "by the file's name, where it was written to models/dha or models/dha_control. Press R to see new "
+                    "ones.",
                 )
             ],
             outputs=[
@@ -57,7 +59,8 @@ class TrainingRecord(io.ComfyNode):
                 io.Image.Output(
                     "sheet",
                     display_name="samples",
-                    tooltip="Rows of teacher, student and four times their difference, same prompts and seeds.",
+                    tooltip="Rows of teacher, student and four times their difference, same prompts and seeds. Of a "
+                    "control: source, its band, drawn without and with it.",
                 ),
                 io.String.Output("report", display_name="report", tooltip="The figures as JSON, for Save DHA Report."),
             ],
@@ -75,7 +78,7 @@ class TrainingRecord(io.ComfyNode):
         if found is None:
             raise ValueError(
                 f"DKD Training Record found no training {training!r}; run DKD Train, or python -m dkd_trainer with "
-                "--out in ComfyUI's models/dha, then press R and choose it"
+                "--out in ComfyUI's models/dha (of a control: models/dha_control), then press R and choose it"
             )
         progress = read_progress(found.journal) or Progress()
         report = describe(found, progress)
@@ -84,15 +87,16 @@ class TrainingRecord(io.ComfyNode):
 
 
 def find_trainings() -> dict[str, Training]:
-    """Every training that left a journal where its student belongs, by name, the newest first."""
+    """Every training that left a journal where its student or control belongs, by name, the newest first."""
     runs = Path(folder_paths.get_output_directory()).glob("dkd/*/*/journal.jsonl")
     found = [
         Training(f"{path.parts[-3]}/{path.parts[-2]}", path, path.with_name(f"{path.parts[-3]}.json")) for path in runs
     ]
-    for folder in map(Path, folder_paths.get_folder_paths(STUDENTS)):
-        for path in folder.glob("*.work/journal.jsonl"):
-            name = path.parent.stem
-            found.append(Training(name, path, folder / f"{name}.json"))
+    for kind, mark in ((STUDENTS, ""), (CONTROLS, " (control)")):
+        for folder in map(Path, folder_paths.get_folder_paths(kind)):
+            for path in folder.glob("*.work/journal.jsonl"):
+                name = path.parent.stem
+                found.append(Training(f"{name}{mark}", path, folder / f"{name}.json"))
     newest = sorted(found, key=lambda training: training.journal.stat().st_mtime, reverse=True)
     return {training.name: training for training in newest}
 
@@ -102,6 +106,7 @@ def describe(training: Training, progress: Progress) -> dict[str, Any]:
     last = [entry["event"] for entry in read_entries(training.journal)][-1:]
     state = ENDS.get(last[0]) if last else None
     journal = {"state": state or UNKNOWN, "step": progress.step, "steps": progress.total}
+    journal["validation"] = progress.validation
     return {"training": training.name, **journal, **training.read_record()}
 
 
@@ -120,11 +125,18 @@ def show_training(cls, training: Training, report: dict[str, Any], summary: str)
 def tabulate(report: dict[str, Any]) -> Table:
     """Rows for the browser."""
     return [
-        ["", "student"],
+        ["", "training"],
         ["steps", str(report.get("steps", MISSING))],
         ["pictures or prompts", str(report.get("pairs", MISSING))],
         ["trained parameters", str(report.get("parameters", MISSING))],
         ["time of the steps", show_duration(report.get("seconds") or 0)],
         ["images/s", show_number(report.get("images_per_second"), 1)],
-        ["held-out error", show_number((report.get("validation") or {}).get("mean"), 4)],
+        *list_errors(report.get("validation") or {}),
     ]
+
+
+def list_errors(validation: dict[str, float]) -> Table:
+    """A student's mean held-out error, or all errors of a control, which has no mean."""
+    if "mean" in validation or not validation:
+        return [["held-out error", show_number(validation.get("mean"), 4)]]
+    return [[f"held-out error, {name}", show_number(value, 4)] for name, value in validation.items()]

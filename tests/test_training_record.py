@@ -75,6 +75,34 @@ def test_a_running_training_is_shown_anew_each_time(studio, folders):
     assert second[2]["step"] == 3 and not second[0].equal(first[0])
 
 
+def test_a_training_of_a_control_is_shown_with_its_errors_by_band(studio, module, teacher, corpus):
+    """As its trainer tells it, also before its end, when there is no record."""
+    import folder_paths
+
+    from dkd_trainer.control.settings import assemble_control
+    from dkd_trainer.control.training import train_control
+
+    out = Path(folder_paths.get_folder_paths("dha_control")[0]) / "steer.safetensors"
+    values = {"control.rank": 4, "control.steps": 2, "train.batch": 2, "train.device": "cpu", "data.size": 128}
+    values |= {"watch.validate_every": 1, "watch.sheet_every": 2, "watch.log_every": 1, "watch.pictures": 1}
+    train_control(teacher, corpus, assemble_control(overrides={**values, "output.file": str(out)}.items()))
+    curve, sheet, report = look(studio, "steer (control)")
+    assert report["state"] == "finished" and report["pairs"] == 8 and sheet.shape == (1, 4 * 128, 128, 3)
+    out.with_suffix(".json").unlink()
+    unfinished = look(studio, "steer (control)")[2]
+    assert unfinished["validation"] == report["validation"] and curve.equal(look(studio, "steer (control)")[0])
+    rows = dict(module("training_record").tabulate(unfinished))
+    assert [*rows][-7:] == [
+        f"held-out error, {name}"
+        for name in ("0-100", "100-300", "300-600", "600-1000", "band", "steered", "unsteered")
+    ]
+    assert float(rows["held-out error, 0-100"]) == pytest.approx(report["validation"]["0-100"], abs=1e-4)
+    progress = module("train_journal").read_progress(out.parent / "steer.work" / "journal.jsonl")
+    steered, unsteered = (report["validation"][name] for name in ("steered", "unsteered"))
+    assert [step for step, _ in progress.errors] == [1, 2] and progress.errors[-1][1] == steered / unsteered
+    assert set(progress.losses) == {"control noise", "control band"}
+
+
 def test_the_newest_training_is_offered_first(studio, folders):
     write_training(folders[0] / "older.work")
     time.sleep(0.02)

@@ -10,7 +10,7 @@ const HEIGHT = {
   DHABenchmark: 200,
   DHARoutingMap: 175,
   DKDTrain: 210,
-  DKDTrainingRecord: 210
+  DKDTrainingRecord: 320
 }
 
 function addStyle() {
