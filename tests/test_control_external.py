@@ -229,12 +229,11 @@ def test_a_connecting_layer_that_is_gone_is_refused_when_the_model_is_known(stud
 
 
 @pytest.mark.parametrize("band", ["mini", "low", "mid", "high"])
-def test_a_file_from_before_there_was_external_attention_loads_as_it_did(band):
+def test_a_shipped_control_has_self_attention_and_is_read_to_the_bit(band):
     from conftest import ROOT
 
     path = ROOT / "workflows" / "models" / "dha_control" / f"mini-sd21-{band}.safetensors"
     loaded = load_control(path)
     with safe_open(path, "pt") as file:
-        assert "attention" not in file.metadata()["config"]
         assert all(torch.equal(file.get_tensor(PREFIX + name), tensor) for name, tensor in loaded.weights.items())
     assert loaded.config == ControlConfig(band, loaded.config.rank, "self", 32)

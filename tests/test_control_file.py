@@ -47,6 +47,11 @@ def test_round_trip(tmp_path):
     assert all(torch.equal(loaded.weights[name], weights[name].half()) for name in weights)
 
 
+def test_a_file_from_before_there_was_external_attention_is_one_of_self_attention(tmp_path):
+    path = write(tmp_path / "old.safetensors", config=json.dumps({"band": "mid", "rank": 2}))
+    assert load_control(path).config == ControlConfig("mid", 2, "self", 32)
+
+
 def test_names_in_the_file_are_the_published_ones_and_its_kind_is_said(tmp_path):
     with safe_open(write(tmp_path / "c.safetensors"), "pt") as file:
         assert list(file.keys()) == ["control_model.hint_add.weight"]
