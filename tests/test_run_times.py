@@ -16,13 +16,25 @@ from workflows.server import find_comfyui, serve
 MACHINE = Machine("a processor", 2, "cpu", "0.3.75", "2.13", "3.11", "abc", "python -m workflows.shipping --thumbnails")
 
 
+WORKFLOWS = sorted(path.stem for path in FOLDER.glob("*.json"))
+
+
 def test_both_files_have_every_workflow_and_the_command(tmp_path):
-    write_times(tmp_path / "results", {"smallest": 3.14159, "train": 61.0}, MACHINE)
+    write_times(tmp_path / "results", {name: number + 0.14159 for number, name in enumerate(WORKFLOWS)}, MACHINE)
     figures = json.loads((tmp_path / "results" / "run-times.json").read_text())
-    assert figures["seconds"] == {"smallest": 3.1, "train": 61.0} and figures["machine"]["command"] == MACHINE.command
+    assert figures["seconds"] == {name: number + 0.1 for number, name in enumerate(WORKFLOWS)}
+    assert figures["machine"]["command"] == MACHINE.command
     text = (tmp_path / "results" / "run-times.md").read_text()
-    for part in ("| smallest | 3.1 |", "| train | 61.0 |", "a processor, 2 cores", MACHINE.command, "abc"):
+    rows = [f"| {name} | {number}.1 |" for number, name in enumerate(WORKFLOWS)]
+    for part in (*rows, "a processor, 2 cores", MACHINE.command, "abc"):
         assert part in text
+
+
+def test_the_shipped_run_times_are_those_of_the_shipped_workflows():
+    folder = FOLDER / "results"
+    seconds = json.loads((folder / "run-times.json").read_text())["seconds"]
+    assert sorted(seconds) == WORKFLOWS
+    assert all(f"| {name} | {taken:.1f} |" in (folder / "run-times.md").read_text() for name, taken in seconds.items())
 
 
 def test_a_timed_workflow_takes_nothing_over_from_another(tmp_path):
