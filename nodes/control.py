@@ -8,6 +8,7 @@ from comfy_api.latest import io
 
 from ..dha.control import make_decoder_patch, make_wrapper
 from ..dha.control_file import load_control
+from ..dha.sites import read_architecture
 from .apply import make_window, warn_prediction
 from .control_branch import Hint, LoadedControl, make_steering
 from .model_folders import CONTROLS
@@ -62,8 +63,8 @@ class ApplyFrequencyControl(io.ComfyNode):
                 FREQUENCY_CONTROL.Input("control", tooltip="From Load Frequency Control."),
                 io.Latent.Input(
                     "source",
-                    tooltip="The source picture from VAE Encode, of the size to draw; others are scaled and cut to it. "
-                    "Of a batch, each source steers the picture of its number.",
+                    tooltip="The source picture from VAE Encode, at the size of the new picture; others are scaled and "
+                    "cut to it. Of a batch, each source steers the picture of its number.",
                 ),
                 io.Float.Input(
                     "strength",
@@ -102,8 +103,8 @@ class ApplyFrequencyControl(io.ComfyNode):
                     default=False,
                     optional=True,
                     tooltip="Run the control's own layers with the model's DHA too: faster at large sizes, a little "
-                    "less exact; least with a student that was trained with controls. Without Apply DHA, before or "
-                    "after this node, and with imported students it changes nothing.",
+                    "less exact. It costs least exactness with a student trained with controls. It has no effect "
+                    "without Apply DHA or with imported students.",
                 ),
             ],
             outputs=[io.Model.Output(tooltip="The model, steered; the one that came in stays as it is.")],
@@ -115,6 +116,7 @@ class ApplyFrequencyControl(io.ComfyNode):
     ) -> io.NodeOutput:
         if strength == 0 or start_percent >= end_percent:
             return io.NodeOutput(model)
+        read_architecture(model.model.diffusion_model.state_dict())  # ahead of all that other families have otherwise
         window = None if (start_percent, end_percent) == (0.0, 1.0) else make_window(model, start_percent, end_percent)
         hint = make_hint(model, control, source["samples"], shuffle_seed)
         return io.NodeOutput(apply_control(model, control, hint, strength, window, accelerate))

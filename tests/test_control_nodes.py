@@ -9,12 +9,15 @@ import torch
 from conftest import relate
 from control_files import draw_source, load, predict, steer, write_control
 from safetensors.torch import load_file, save_file
+from test_refusal import FLUX, SDXL, build_model
 
 from dha.control import FCNet, make_decoder_patch
 from dha.control_file import load_control
 from dha.control_weights import merge_weights
 from dha.frequency import filter_band
 
+WAN = {"image_model": "wan2.1", "model_type": "t2v", "in_dim": 16, "out_dim": 16, "num_layers": 1, "num_heads": 2}
+WAN |= {name: 64 for name in ("dim", "ffn_dim", "freq_dim", "text_dim")}
 SIZES = {"wide": (192, 64), "odd": (136, 88), "large": (256, 256)}
 
 
@@ -175,6 +178,13 @@ def test_changed_file_is_loaded_again(studio):
 def test_a_source_of_another_latent_space_is_refused(studio, control, shape):
     with pytest.raises(ValueError, match="the source is .*expected latents"):
         steer(studio, control, torch.zeros(shape))
+
+
+@pytest.mark.parametrize(("name", "config"), [("SDXL", SDXL), ("Flux", FLUX), ("WAN21_T2V", WAN)])
+def test_a_model_of_another_family_is_refused(studio, control, name, config):
+    """Whatever its latents are like: a video model's have another mean in each of 16 channels."""
+    with pytest.raises(ValueError, match="this model is .*connect a Stable Diffusion 2"):
+        steer(studio, control, draw_source(2), model=build_model(name, config))
 
 
 def test_weights_that_are_not_the_models_are_refused_by_name(studio, source):
