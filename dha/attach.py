@@ -11,13 +11,15 @@ from .sites import SITES, Site
 from .student import Student
 
 
-def attach(unet: nn.Module, student: Student, spending: Preset) -> Callable[[], None]:
-    """Run `student` inside `unet`; returns what takes it off again.
+def attach(
+    unet: nn.Module, student: Student, spending: Preset, pays: Callable[[int, int, int], bool] | None = None
+) -> Callable[[], None]:
+    """Run `student` inside `unet`, where it `pays` as for `make_patches`; returns what takes it off again.
 
     The modules of `unet` are named and called as in Stable Diffusion's published code. Calls of a self-attention with a
     context of somebody else's making, or with tokens that were merged, are left to the layer itself.
     """
-    patches = make_patches(student, plain_attention, spending.token_budget, max_tokens=spending.max_tokens)
+    patches = make_patches(student, plain_attention, spending.token_budget, max_tokens=spending.max_tokens, pays=pays)
     options = patches.as_options()
 
     def begin(_module, _inputs, emb: Tensor) -> None:

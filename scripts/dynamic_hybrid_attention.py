@@ -1,20 +1,24 @@
 """The WebUI of AUTOMATIC1111 and Forge: a clone of this repository in their folder `extensions` is an extension."""
 
+import json
 from pathlib import Path
 
 import gradio as gr
-from modules import scripts
+import torch
+from modules import devices, scripts
 from modules.paths import models_path
 
 from dha.attach import attach
 from dha.checkpoint import StudentFileError, check_architecture, load_student
 from dha.config import DHAConfig
+from dha.payoff import choose_payoff
 from dha.presets import PRESETS
 from dha.sites import ArchitectureError, read_architecture
 from dha.student import Student
 
 TRAINING_FREE = "none, training-free"
 STUDENTS = Path(models_path) / "dha"
+MEASURED = Path(__file__).resolve().parent.parent / "nodes" / "measured.json"
 
 
 class DynamicHybridAttention(scripts.Script):
@@ -44,7 +48,7 @@ class DynamicHybridAttention(scripts.Script):
             return
         try:
             unet = find_unet(p.sd_model)
-            self.attached.append(attach(unet, choose_student(unet, student), PRESETS[preset]))
+            self.attached.append(attach(unet, choose_student(unet, student), PRESETS[preset], find_payoff().pays))
             p.extra_generation_params["Dynamic Hybrid Attention"] = f"{preset}, {student}"
         except (ArchitectureError, StudentFileError) as error:
             p.comment(f"Dynamic Hybrid Attention stays out: {error}")
@@ -76,3 +80,9 @@ def choose_student(unet, name):
     student = load_student(STUDENTS / name)
     check_architecture(name, student.architecture, architecture)
     return student
+
+
+def find_payoff():
+    """Which layers get faster here, as ComfyUI's nodes have it; small pictures stay as they are."""
+    layers = json.loads(MEASURED.read_text(encoding="utf-8"))["layers"]
+    return choose_payoff(layers, devices.device.type, "fp32" if devices.dtype == torch.float32 else "fp16")

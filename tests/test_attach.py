@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import ROOT, TRAINED, make_student, relate
 
+from dha import payoff
 from dha.attach import attach
 from dha.config import DHAConfig
 from dha.patch import make_patches, plain_attention
@@ -152,6 +153,7 @@ def script(studio, tmp_path, monkeypatch):
     modules, paths, scripts = (ModuleType(name) for name in ("modules", "modules.paths", "modules.scripts"))
     paths.models_path, scripts.Script, scripts.AlwaysVisible = str(tmp_path), object, object()
     modules.paths, modules.scripts = paths, scripts
+    modules.devices = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32)
     gradio = SimpleNamespace(Accordion=Control, Checkbox=Control, Dropdown=Control)
     for name, module in {"modules": modules, "modules.paths": paths, "gradio": gradio}.items():
         monkeypatch.setitem(sys.modules, name, module)
@@ -185,6 +187,15 @@ def test_the_script_serves_one_batch_and_leaves(script, unet, inputs, forge):
         assert student in picture.extra_generation_params["Dynamic Hybrid Attention"]
     script.process_batch(picture, False, "fast", student)
     assert torch.equal(predict(unet, inputs), plain)
+
+
+def test_a_picture_that_would_get_no_faster_stays_as_it_is(script, studio, unet, inputs, monkeypatch):
+    """Were the mini's widths among those that are held back, as the real model's are."""
+    monkeypatch.setattr(payoff, "WIDTHS", tuple(studio.architecture.channels.values()))
+    picture, plain = Picture(unet), predict(unet, inputs)
+    script.process_batch(picture, True, "fast", "webui.safetensors")
+    assert torch.equal(predict(unet, inputs), plain) and script.attached
+    script.postprocess_batch(picture, True, "fast", "webui.safetensors", images=None)
 
 
 def test_the_other_tab_takes_off_what_a_failed_picture_left(script, unet, inputs):
