@@ -185,8 +185,8 @@ def check_recorded(recorder: Recorder, level: str) -> None:
         raise ValueError(
             f"DHA Routing Map found no layer at the level {level!r} that runs a student. Connect the model output of "
             "Apply DHA, with a token_budget between 0 and 1, and choose one of the levels that it speeds up. "
-            "With its levels on 'auto' small pictures of the real SD-2.1 stay as they are: set 'two finest' there to see "
-            "the map."
+            "With its levels on 'auto' small pictures of the real SD-2.1 stay as they are: set 'two finest' there to "
+            "see the map."
         )
 
 
