@@ -46,7 +46,7 @@ def make_task(band: str) -> Example:
     note = f"""## {task.title}
 Of the source picture the control sees the {band} band: {BANDS[band]}. The prompt says the rest: {FREE[band]}.
 Bypass *Apply Frequency Control* (Ctrl+B) to see what the prompt alone draws; `strength` scales between both. {MINI}"""
-    graph = steer(CHECKPOINT, PICTURE, task, strength=task.strength)
+    graph = steer(CHECKPOINT, PICTURE, task)
     show_band(graph, band)
     columns = [["1", "14"], ["10", "2", "3", "4"], ["11", "12", "13"], ["16", "17"], ["15", "7"], ["8", "9"]]
     shown = [("13", "images"), ("17", "images"), ("9", "images")]

@@ -11,13 +11,12 @@ CAT, KOALA = "cat, twitter style, green background", "koala, glossy 3d style, pi
 
 @dataclass(frozen=True)
 class Task:
-    """What a band is for: prompts of a source and of what is drawn after it, the file of the control, its strength."""
+    """What a band is for: prompts of a source and of what is drawn after it, and the file of the control."""
 
     title: str
     source: str
     prompt: str
     control: str
-    strength: float = 1.0
 
 
 TASKS = {
@@ -26,7 +25,6 @@ TASKS = {
         "rose, flat style, sky blue background",
         "owl, noto style",
         "mini-sd21-mini.safetensors",
-        2.0,
     ),
     "low": Task("Semantic manipulation", CAT, "dog, twitter style, green background", "mini-sd21-low.safetensors"),
     "mid": Task(
