@@ -161,7 +161,7 @@ class DKDTrain(io.ComfyNode):
         weights = collect_weights(model, clip, vae)
         run = plan_run(choice, hash_weights(weights), data)
         check_place(run)
-        trained = not run.student.is_file()
+        trained = not run.is_finished
         if trained:
             check_needs()
             with occupy(run):
@@ -199,7 +199,7 @@ def train(run: Run, data: Data, node_id: str) -> None:
         raise TrainerError(explain_failure(run, str(error), begun)) from None
     finally:
         stop(process, node_id)
-    if not run.student.is_file():
+    if not run.is_finished:
         raise TrainerError(f"DKD Train: the trainer ended without a student. The end of its log:\n{read_tail(run.log)}")
 
 

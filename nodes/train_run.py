@@ -70,13 +70,18 @@ class Run:
 
     @property
     def student(self) -> Path:
-        """The finished student; the trainer writes it last."""
+        """The student, which the trainer writes before the record about it."""
         return self.folder / f"{self.name}.safetensors"
 
     @property
     def record(self) -> Path:
         """What the trainer writes about the finished student."""
         return self.student.with_suffix(".json")
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the trainer wrote all that it writes; a run that was killed between two files goes on once more."""
+        return self.student.is_file() and self.record.is_file()
 
     @property
     def teacher(self) -> Path:

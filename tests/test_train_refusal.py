@@ -118,3 +118,12 @@ def test_patched_weights_are_in_the_teachers_file_and_not_in_the_model(module, p
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[key], expected[key]) for key in found)
     assert loaded.model.model_type == model.model.model_type
+
+
+def test_a_student_without_its_record_is_no_finished_run(module, tmp_path):
+    """The trainer may be killed between the two files."""
+    run = module("train_run").Run("owl", tmp_path, 3)
+    run.student.write_bytes(b"student")
+    assert not run.is_finished
+    run.record.write_text("{}")
+    assert run.is_finished
