@@ -63,6 +63,9 @@ def test_a_student_is_steered_too(studio, tasks):
 
 
 def test_the_comparison_holds_steered_teacher_and_steered_student_side_by_side(studio, tasks):
+    studio.host.load_extra("images")
     graph = compare_steered(CHECKPOINT, SMALL, tasks["high"], STUDENT, **DHA)
-    report = json.loads(run(studio, graph)["17"][2])
-    assert 0 < report["relative_latent_difference"] < 1
+    outputs = run(studio, graph)
+    assert 0 < json.loads(outputs["17"][2])["relative_latent_difference"] < 1
+    source, compared, joined = outputs["12"][0], outputs["22"][0], outputs["24"][0]
+    assert torch.equal(joined, torch.cat([source, compared], dim=2)), "source | teacher | student | difference"

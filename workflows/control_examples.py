@@ -70,7 +70,7 @@ With 256 tokens self-attention costs next to nothing there: look at the pictures
     closing = (
         REAL + " Choose a student of that checkpoint in *Load DHA Student*, best one that was distilled with controls."
     )
-    return Example(graph, [*columns, ["22"], ["23"]], note, shown, titles, closing=closing)
+    return Example(graph, [*columns, ["22"], ["24"], ["23"]], note, shown, titles, closing=closing)
 
 
 CONTROL: dict[str, Callable[[], Example]] = {

@@ -72,10 +72,13 @@ def show_band(graph: Graph, band: str) -> None:
     graph |= {"16": node("DHAFrequencyFilter", **kept), "17": node("PreviewImage", images=["16", 1])}
 
 
+BESIDE = {"direction": "right", "match_image_size": True, "spacing_width": 0, "spacing_color": "white"}
+
+
 def compare_steered(
     checkpoint: str, picture: Picture, task: Task, student: str, strength: float = 1.0, **settings: Any
 ) -> Graph:
-    """Source (13 previews it), steered teacher and steered student (20, 21) and their difference (22 measures)."""
+    """Source | steered teacher | steered student | their difference (22 measures), saved as one picture (23)."""
     graph = steer(checkpoint, picture, task, student, strength, **settings)
     for drawn in ("7", "8", "9"):
         del graph[drawn]
@@ -88,6 +91,7 @@ def compare_steered(
         "20": node("PreviewImage", images=["18", 0]),
         "21": node("PreviewImage", images=["19", 0]),
         "22": node("DHAComparePictures", original=["18", 0], student=["19", 0], amplify=4.0, report=["17", 2]),
-        "23": node("SaveImage", images=["22", 0], filename_prefix="dha-control"),
+        "23": node("SaveImage", images=["24", 0], filename_prefix="dha-control"),
+        "24": node("ImageStitch", image1=["12", 0], image2=["22", 0], **BESIDE),
     }
     return graph
