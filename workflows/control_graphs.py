@@ -72,7 +72,7 @@ def show_band(graph: Graph, band: str) -> None:
     graph |= {"16": node("DHAFrequencyFilter", **kept), "17": node("PreviewImage", images=["16", 1])}
 
 
-BESIDE = {"direction": "right", "match_image_size": True, "spacing_width": 0, "spacing_color": "white"}
+BESIDE = {"direction": "right", "match_image_size": False, "spacing_width": 0, "spacing_color": "white"}
 
 
 def compare_steered(
