@@ -7,6 +7,7 @@ from dataclasses import dataclass
 LEVELS = 4
 MODES = ("hybrid", "official")
 NORM_GROUPS = 32  # of every transformer in SD-2.x
+GROUPS = (1, 2, 4, 8, 16, 32)  # that a norm of SD-2.x's widths can have
 DELTAS = ("q", "k", "v", "out")
 RETIRED = {"weighted": False}  # settings that older files have, with the only value that they may have
 
@@ -67,7 +68,7 @@ class DHAConfig:
             type(self.max_tokens) is int and self.max_tokens >= 1, "max_tokens", self.max_tokens, "a whole number >= 1"
         )
         groups = self.norm_groups
-        require(type(groups) is int and groups in (1, 2, 4, 8, 16, 32), "norm_groups", groups, "a power of 2 up to 32")
+        require(type(groups) is int and groups in GROUPS, "norm_groups", groups, "a power of 2 up to 32")
         require(
             self.mode == "official" or groups == NORM_GROUPS, "norm_groups", groups, f"{NORM_GROUPS} in mode 'hybrid'"
         )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .checkpoint import describe_architecture, fingerprint, parse_architecture
-from .config import NORM_GROUPS
+from .config import GROUPS, NORM_GROUPS
 from .control import ATTENTIONS, HINT_WIDTH, PREFIX
 from .control_weights import ENCODER, list_shapes
 from .frequency import BANDS
@@ -52,7 +52,7 @@ class ControlConfig:
             raise ValueError(f"unknown attention {self.attention!r}, expected one of {', '.join(ATTENTIONS)}")
         if self.attention == "external" and self.rank:
             raise ValueError(f"rank {self.rank} with external attention, expected 0: the model has none to change")
-        if type(self.norm_groups) is not int or self.norm_groups not in (1, 2, 4, 8, 16, 32):
+        if type(self.norm_groups) is not int or self.norm_groups not in GROUPS:
             raise ValueError(f"norm_groups {self.norm_groups!r}, expected a power of 2 up to 32")
 
 

@@ -13,12 +13,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dha.config import DHAConfig
+from dha.control_file import STUDENT, UNET, UNUSED
 from dha.sites import SITES, Architecture, ArchitectureError, read_architecture
 from dha.student import Student
 from dha.weight_file import shorten
 
-STUDENT, UNET = "student_model.", "model.diffusion_model."
-UNUSED = "ff_EA"
 # tensors below these prefixes belong to parts that a student's file does not hold
 PARTS = {
     "control_model.": "control branch",

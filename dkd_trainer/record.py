@@ -8,7 +8,8 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from .host import ROOT
+
 ABSOLUTE = re.compile(r"""(?:^|(?<=[=,\["']))(?:/|[A-Za-z]:[\\/])[^,"'\]]+""")  # within an argument
 
 

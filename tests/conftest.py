@@ -200,27 +200,39 @@ def corpus(teacher):
 
 
 @pytest.fixture
-def make_settings(tmp_path):
+def brief():
+    """What makes a training one of some seconds; a module's own may take its place."""
+    return TINY
+
+
+@pytest.fixture
+def make_settings(tmp_path, brief):
     """Settings of a training of some seconds, by changes as `train__batch=4`; the student's file is `name`."""
     from dkd_trainer.settings import assemble_settings
 
     def make(name="s", preset="", **changes):
         changes = {key.replace("__", "."): value for key, value in changes.items()}
-        return assemble_settings(
-            preset, overrides={**TINY, **changes, "output.file": str(tmp_path / f"{name}.safetensors")}.items()
-        )
+        values = {**brief, **changes, "output.file": str(tmp_path / f"{name}.safetensors")}
+        return assemble_settings(preset, overrides=values.items())
 
     return make
 
 
 @pytest.fixture
-def prepare(teacher, corpus):
-    """A Training that has not begun."""
+def kind():
+    """The class of the trainings that `prepare` makes; a module's own may take its place."""
     from dkd_trainer.engine.loop import Training
+
+    return Training
+
+
+@pytest.fixture
+def prepare(teacher, corpus, kind):
+    """A training that has not begun."""
     from dkd_trainer.engine.processes import Processes
 
     def build(settings, held_out=None):
-        return Training(teacher, corpus, settings, Processes(settings.train), held_out)
+        return kind(teacher, corpus, settings, Processes(settings.train), held_out)
 
     return build
 

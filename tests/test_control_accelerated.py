@@ -20,11 +20,6 @@ def control(studio):
     return load(studio, "accelerated")
 
 
-@pytest.fixture(scope="module")
-def source():
-    return draw_source()
-
-
 def accelerate(studio, control, source, model=None, **settings):
     """Apply Frequency Control with its last input switched on."""
     base = {"strength": 1.0, "start_percent": 0.0, "end_percent": 1.0, "shuffle_seed": 0}

@@ -53,15 +53,10 @@ def make_settings(tmp_path):
 
 
 @pytest.fixture
-def prepare(teacher, corpus):
-    """A ControlTraining that has not begun."""
+def kind():
     from dkd_trainer.control.training import ControlTraining
-    from dkd_trainer.engine.processes import Processes
 
-    def build(settings, held_out=None):
-        return ControlTraining(teacher, corpus, settings, Processes(settings.train), held_out)
-
-    return build
+    return ControlTraining
 
 
 @pytest.mark.parametrize("rank", [0, 4])

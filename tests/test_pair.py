@@ -6,7 +6,7 @@ import signal
 
 import pytest
 import torch
-from conftest import TRAINED, make_student, relate
+from conftest import TRAINED, make_student, read_journal, relate
 
 from dha.checkpoint import load_student
 from dha.control_file import ControlConfig, save_control
@@ -52,31 +52,15 @@ def write_control(teacher, folder, band: str, seed: int = 0) -> str:
 
 
 @pytest.fixture
-def make_settings(tmp_path, controls):
-    from dkd_trainer.settings import assemble_settings
-
-    def make(name="s", preset="", **changes):
-        changes = {key.replace("__", "."): value for key, value in changes.items()}
-        values = {**TINY, "pair.controls": controls, **changes, "output.file": str(tmp_path / f"{name}.safetensors")}
-        return assemble_settings(preset, overrides=values.items())
-
-    return make
+def brief(controls):
+    return {**TINY, "pair.controls": controls}
 
 
 @pytest.fixture
-def prepare(teacher, corpus):
-    """A PairTraining that has not begun."""
+def kind():
     from dkd_trainer.control.pair import PairTraining
-    from dkd_trainer.engine.processes import Processes
 
-    def build(settings, held_out=None):
-        return PairTraining(teacher, corpus, settings, Processes(settings.train), held_out)
-
-    return build
-
-
-def read_journal(settings):
-    return [json.loads(line) for line in (settings.work / "journal.jsonl").read_text().splitlines()]
+    return PairTraining
 
 
 def measure(training, step, terms=("output",), student=None):

@@ -6,6 +6,7 @@ from typing import Any
 from .graphs import Picture, add_student, draw, node
 from .server import Graph
 
+BESIDE = {"direction": "right", "match_image_size": False, "spacing_width": 0, "spacing_color": "white"}
 CAT, KOALA = "cat, twitter style, green background", "koala, glossy 3d style, pink background"
 
 
@@ -59,7 +60,7 @@ def steer(
     return graph
 
 
-def apply_control(model: list, strength: float, accelerate: bool = False) -> dict[str, Any]:
+def apply_control(model: list, strength: float = 1.0, accelerate: bool = False) -> dict[str, Any]:
     """Apply Frequency Control to a model's output, for the whole of the sampling."""
     settings = {"strength": strength, "start_percent": 0.0, "end_percent": 1.0, "shuffle_seed": 0}
     settings["accelerate"] = accelerate
@@ -72,19 +73,14 @@ def show_band(graph: Graph, band: str) -> None:
     graph |= {"16": node("DHAFrequencyFilter", **kept), "17": node("PreviewImage", images=["16", 1])}
 
 
-BESIDE = {"direction": "right", "match_image_size": False, "spacing_width": 0, "spacing_color": "white"}
-
-
-def compare_steered(
-    checkpoint: str, picture: Picture, task: Task, student: str, strength: float = 1.0, **settings: Any
-) -> Graph:
+def compare_steered(checkpoint: str, picture: Picture, task: Task, student: str, **settings: Any) -> Graph:
     """Source | steered teacher | steered student | their difference (22 measures), saved as one picture (23)."""
-    graph = steer(checkpoint, picture, task, student, strength, **settings)
+    graph = steer(checkpoint, picture, task, student, **settings)
     for drawn in ("7", "8", "9"):
         del graph[drawn]
     sampling = {**picture.sampling(["4", 0]), "seed": picture.seed + 1}
     graph |= {
-        "16": apply_control(["1", 0], strength),
+        "16": apply_control(["1", 0]),
         "17": node("DHACompareModels", original=["16", 0], student=["15", 0], **sampling, repeats=1),
         "18": node("VAEDecode", samples=["17", 0], vae=["1", 2]),
         "19": node("VAEDecode", samples=["17", 1], vae=["1", 2]),

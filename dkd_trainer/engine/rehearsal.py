@@ -118,8 +118,8 @@ def try_stage(training: Training, stage: Stage) -> Pace:
 @torch.no_grad()
 def time_teacher(training: Training, parts: list[Batch]) -> float:
     """Seconds of the teacher's forward alone."""
-    begun, bf16 = time.perf_counter(), training.settings.train.precision == "bf16"
-    with torch.autocast(training.teacher.device.type, torch.bfloat16, enabled=bf16):
+    begun = time.perf_counter()
+    with training.lower_precision():
         for part in parts:
             training.teacher.predict(part.noisy, part.t, part.context).sum().item()
     return time.perf_counter() - begun

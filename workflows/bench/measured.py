@@ -112,7 +112,7 @@ def merge(
         if table["rows"]:
             tables[table["device"], table["dtype"], table["machine"]] = table
         if speeds := list_speeds(document):
-            others = {name: drop(figures, "speed", "training_free") for name, figures in presets.items()}
+            others = {name: {"error": figures["error"]} for name, figures in presets.items() if "error" in figures}
             presets = {name: {**others.get(name, {}), **speeds.get(name, {})} for name in {**others, **speeds}}
             notes = [line for line in notes if not line.startswith("Speed:")] + [describe_speed(table, speeds)]
     for name, error in errors.items():
@@ -128,10 +128,6 @@ def order(presets: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """The same from the same figures, whichever came first; presets without any are left out."""
     names = [name for name in import_from_pack("dha.presets").PRESETS if presets.get(name)]
     return {name: {key: presets[name][key] for key in FIGURES if key in presets[name]} for name in names}
-
-
-def drop(figures: dict[str, Any], *names: str) -> dict[str, Any]:
-    return {name: value for name, value in figures.items() if name not in names}
 
 
 def describe_speed(table: dict[str, Any], speeds: dict[str, dict[str, Any]]) -> str:
