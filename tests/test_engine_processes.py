@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -177,6 +178,56 @@ def test_two_processes_have_the_losses_of_one(command, whole, tmp_path):
     assert one.keys() == two.keys()
     for step, losses in one.items():
         assert two[step] == pytest.approx(losses, rel=1e-3), step
+
+
+def run_two_hosts(commands):
+    """One training on two hosts of one process each, by a command each; what they printed, and the first bad status."""
+    ports = f"--nnodes 2 --nproc_per_node 1 --master_addr 127.0.0.1 --master_port {find_port()}".split()
+    hosts = []
+    for number, command in enumerate(commands):
+        start = (sys.executable, "-m", "torch.distributed.run", *ports, "--node_rank", str(number), "-m", "dkd_trainer")
+        hosts.append(launch(command(start), start_new_session=True))
+    try:
+        outputs = [host.communicate(timeout=300)[0] for host in hosts]
+    except subprocess.TimeoutExpired:
+        for host in hosts:
+            os.killpg(host.pid, signal.SIGKILL)
+        raise
+    if any(host.returncode and "gloo" in output.lower() for host, output in zip(hosts, outputs, strict=True)):
+        pytest.skip(f"two processes cannot talk to each other here: {outputs[0].splitlines()[-1]}")
+    return outputs, [host.returncode for host in hosts]
+
+
+@pytest.fixture
+def hosts(command, source, tmp_path):
+    """Commands of one training for two hosts that share no folder; a change may be made to the second one's pairs."""
+
+    def build(change=lambda folder: None):
+        folder = tmp_path / "other" / "pairs"
+        shutil.copytree(source[1], folder)
+        change(folder)
+        more = ["--set", "train.accumulation=1"]
+        own = [*more, "--data", str(folder), "--set", f"data.cache={tmp_path / 'other' / 'cache'}"]
+        outs = tmp_path / "one.safetensors", tmp_path / "other" / "two.safetensors"
+        return [lambda start, o=o, m=m: command(o, *m, start=start) for o, m in zip(outs, (more, own), strict=True)]
+
+    return build
+
+
+def test_two_hosts_without_a_common_folder_have_the_losses_of_one(hosts, whole, tmp_path):
+    outputs, statuses = run_two_hosts(hosts())
+    assert statuses == [0, 0], outputs
+    one, two = read_steps(whole), read_steps(tmp_path / "one.safetensors")
+    assert one.keys() == two.keys()
+    for step, losses in one.items():
+        assert two[step] == pytest.approx(losses, rel=1e-3), step
+    assert not (tmp_path / "other" / "two.safetensors").exists(), "the first host alone writes the student"
+
+
+def test_hosts_with_different_pairs_are_refused_before_a_step_is_made(hosts, tmp_path):
+    outputs, statuses = run_two_hosts(hosts(lambda folder: (folder / "0.txt").write_text("another prompt")))
+    assert all(statuses) and "expected the same; give all hosts the same files" in outputs[0]
+    assert not read_steps(tmp_path / "one.safetensors")
 
 
 def test_a_dry_run_says_what_to_expect_and_leaves_nothing(command, tmp_path):

@@ -72,3 +72,17 @@ class Processes:
         from accelerate.utils import broadcast_object_list
 
         return broadcast_object_list([value])[0]
+
+    def require_same(self, what: str, value: str) -> None:
+        """Raise SettingsError, on all processes, unless `value` is the same on all: hosts may have files of their own."""
+        if self.count == 1:
+            return
+        from accelerate.utils import gather_object
+
+        found = gather_object([value])
+        other = next((place for place, given in enumerate(found) if given != found[0]), None)
+        if other is not None:
+            raise SettingsError(
+                f"the first process has {what} {found[0]!r}, process {other} has {found[other]!r}, expected the same; "
+                "give all hosts the same files and settings"
+            )
