@@ -1,6 +1,7 @@
 """A student in the UNet of a host without ComfyUI's patches, by torch's hooks; taken off, it leaves nothing behind."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +10,8 @@ from .patch import STATE, Patches, make_patches, plain_attention
 from .presets import Preset
 from .sites import SITES, Site
 from .student import Student
+
+TIME = "timesteps"  # key in our options for those of the running forward
 
 
 def attach(
@@ -19,7 +22,10 @@ def attach(
     The modules of `unet` are named and called as in Stable Diffusion's published code. Calls of a self-attention with a
     context of somebody else's making, or with tokens that were merged, are left to the layer itself.
     """
-    patches = make_patches(student, plain_attention, spending.token_budget, max_tokens=spending.max_tokens, pays=pays)
+    active = None if spending.end == 1 or student.config.mode == "official" else partial(is_before, spending)
+    patches = make_patches(
+        student, plain_attention, spending.token_budget, None, active, max_tokens=spending.max_tokens, pays=pays
+    )
     options = patches.as_options()
 
     def begin(_module, _inputs, emb: Tensor) -> None:
@@ -27,7 +33,11 @@ def attach(
             student.to(emb.device, emb.dtype)
         patches.emb(emb, 0, options)
 
-    restore = [unet.time_embed.register_forward_hook(begin).remove]
+    def note_time(_module, inputs: tuple, named: dict) -> None:
+        options[TIME] = named["timesteps"] if "timesteps" in named else inputs[1]
+
+    restore = [unet.register_forward_pre_hook(note_time, with_kwargs=True).remove]
+    restore.append(unet.time_embed.register_forward_hook(begin).remove)
     for site in SITES:
         if site.block in patches.blocks:
             layer = unet.get_submodule(site.name)
@@ -45,6 +55,11 @@ def attach(
         options.clear()  # a forward of ours that somebody wrapped in the meantime does nothing from now on
 
     return take_off
+
+
+def is_before(spending: Preset, options: dict) -> bool:
+    """Whether the running step, at timesteps (B,) from 999 to 0, comes before what the preset leaves exact."""
+    return options[TIME][0].item() >= spending.least_timestep
 
 
 def note_size(options: dict, site: Site) -> Callable:

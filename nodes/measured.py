@@ -39,10 +39,15 @@ def describe_presets(measured: dict[str, Any]) -> str:
     lines = []
     for name, preset in PRESETS.items():
         line = f"{name}: {100 * preset.token_budget:.4g} % of the tokens, at most {preset.max_tokens}"
+        if preset.end < 1:
+            line += f", all of them in the last {100 * (1 - preset.end):.3g} % of the sampling"
         figures = measured["presets"].get(name, {})
-        if speeds := figures.get("speed"):
+        if steps := figures.get("speed"):
+            speeds = {size: 1 / preset.relate_sampling(1 / speedup) for size, speedup in steps.items()}
             line += "; " + ", ".join(f"{size} {speedup:.2f}x" for size, speedup in speeds.items())
         if "error" in figures:
             line += f"; error {figures['error']:.3f}"
+        if "psnr" in figures:
+            line += f", {figures['psnr']:.1f} dB"
         lines.append(line)
     return "\n".join([*lines, *measured["presets"].get("notes", [])])

@@ -233,11 +233,27 @@ def test_precisions(studio, student, dtype):
     assert relate(studio.draw(studio.apply(loaded[0], student=student, budget=1.0)), exact) < 1e-5
 
 
-@pytest.mark.parametrize(("preset", "budget"), [("quality", 0.25), ("balanced", 0.125), ("fast", 0.0625)])
-def test_preset_takes_the_place_of_the_budget(studio, student, preset, budget):
-    settings = {"model": studio.model, "levels": "auto", "start_percent": 0.0, "end_percent": 1.0, "student": student}
-    named = studio.call("ApplyDHA", **settings, token_budget=0.0, preset=preset)
-    assert torch.equal(studio.draw(named), studio.draw(studio.apply(student=student, budget=budget)))
+PRESETS = [("quality", 0.25, 0.7), ("balanced", 0.125, 0.9), ("fast", 0.0625, 1.0)]
+
+
+def apply_preset(studio, student, preset, start=0.0, end=1.0):
+    settings = {"levels": "auto", "token_budget": 0.3, "start_percent": start, "end_percent": end}
+    return studio.call("ApplyDHA", model=studio.model, **settings, student=student, preset=preset)
+
+
+@pytest.mark.parametrize(("preset", "budget", "end"), PRESETS)
+def test_preset_takes_the_place_of_the_budget_and_has_an_end_of_its_own(studio, student, preset, budget, end):
+    own = studio.apply(student=student, budget=budget, end=end)
+    named = apply_preset(studio, student, preset)
+    assert torch.equal(studio.draw(named, steps=10), studio.draw(own, steps=10))
+    if end < 1:
+        assert relate(studio.draw(named, steps=10), studio.draw(studio.apply(student=student, budget=budget), steps=10))
+
+
+def test_an_earlier_end_or_a_later_start_than_the_presets_counts(studio, student):
+    earlier, own = apply_preset(studio, student, "balanced", end=0.5), studio.apply(student=student, end=0.5)
+    assert torch.equal(studio.draw(earlier, steps=4), studio.draw(own, steps=4))
+    assert apply_preset(studio, student, "quality", start=0.7) is studio.model
 
 
 def test_graphs_from_before_the_presets_mean_what_they_meant(studio):

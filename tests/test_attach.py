@@ -130,6 +130,28 @@ def test_half_precision_of_an_autocast_is_followed(studio, unet, inputs):
     assert relate(found.float(), exact) < 0.1
 
 
+@pytest.mark.parametrize(("t", "shortened"), [(310.0, True), (290.0, False)])
+def test_a_preset_leaves_the_last_steps_to_the_model(studio, unet, inputs, t, shortened):
+    """Quality ends at 70 %, timestep 299.7; whether timesteps come by name or by place."""
+    inputs = inputs | {"timesteps": torch.full((2,), t)}
+    plain = predict(unet, inputs)
+    take_off = attach(unet, make_student(studio.architecture), PRESETS["quality"])
+    found = predict(unet, inputs)
+    with torch.inference_mode():
+        by_place = unet(inputs["x"], inputs["timesteps"], inputs["context"])
+    take_off()
+    assert torch.equal(found, by_place) and torch.equal(found, plain) != shortened
+
+
+def test_a_published_student_runs_to_the_end_whatever_the_preset(studio, unet, inputs):
+    inputs = inputs | {"timesteps": torch.full((2,), 10.0)}
+    plain, student = predict(unet, inputs), make_published(unet, studio)
+    take_off = attach(unet, student, PRESETS["quality"])
+    found = predict(unet, inputs)
+    take_off()
+    assert relate(found, plain) > 1e-3
+
+
 class Control:
     """Stands in for gradio's elements: keeps what it was made with."""
 

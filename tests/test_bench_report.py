@@ -99,12 +99,12 @@ def test_measured_figures_are_renewed_and_others_kept(tmp_path):
         },
     }
     evaluation = tmp_path / "evaluation.json"
-    rows = {name: {"error mean": error} for name, error in (("DHA, training-free", 0.5), ("mini-dha", 0.25))}
-    rows = {f"{name}, 6.25 % of the keys": row for name, row in rows.items()}
-    evaluation.write_text(json.dumps({"rows": {**rows, "training-free fast": {"error mean": 0.6}, "teacher": {}}}))
+    found = {"DHA, training-free, preset fast": 0.5, "mini-dha, preset fast": 0.25, "mini-dha, 6.25 % of the keys": 0.6}
+    rows = {name: {"error mean": error, "psnr": 40.0} for name, error in found.items()}
+    evaluation.write_text(json.dumps({"rows": {**rows, "teacher": {}}}))
     merged = merge(old, [document], read_errors(evaluation), "command")
     assert merged["layers"][0] == other and merged["layers"][1]["device"] == "cuda"
-    assert merged["presets"]["fast"] == {"speed": {"512": 2.5}, "training_free": True, "error": 0.25}
+    assert merged["presets"]["fast"] == {"speed": {"512": 2.5}, "training_free": True, "error": 0.25, "psnr": 40.0}
     assert merged["presets"]["quality"] == {"error": 0.1}, "its speed was of another run than the note names"
     assert [note.split(":")[0] for note in merged["presets"]["notes"]] == ["Speed", "Error"]
     assert "old" not in str(merged["presets"]["notes"])
@@ -116,7 +116,7 @@ def test_a_presets_speed_is_the_students_as_its_error_is():
     document = make_steps(dha_balanced=2.0, student_balanced=2.5, dha_fast=1.0, student_fast=1.25)
     assert list_speeds(document) == {"balanced": {"speed": {"512": 1.6}}, "fast": {"speed": {"512": 3.2}}}
     notes = merge({"format": "f", "layers": [], "presets": {}}, [document], {}, "c")["presets"]["notes"]
-    assert notes == ["Speed: a UNet step of SD-2.1 with a student, chip, 1 thread, fp16, commit 0."]
+    assert notes == ["Speed: of a sampling, from a UNet step of SD-2.1 with a student, chip, 1 thread, fp16, commit 0."]
 
 
 @pytest.mark.parametrize(

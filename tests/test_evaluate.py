@@ -66,16 +66,16 @@ def test_a_stopped_evaluation_goes_on_with_what_was_measured(arguments, student,
     monkeypatch.setattr(comparison, "measure_subject", stop_at_the_student)
     with pytest.raises(KeyboardInterrupt):
         evaluate.evaluate(args)
-    assert len(names) == 5 and not (out / "evaluation.json").exists()
+    assert len(names) == 6 and not (out / "evaluation.json").exists()
     monkeypatch.setattr(comparison, "measure_subject", lambda t, s, *more: names.append(s.name) or measure(t, s, *more))
     evaluate.evaluate(args)
-    assert len(names) == 6 and names[-1].startswith("evaluated")
+    assert len(names) == 7 and names[-1].startswith("evaluated")
     first = json.loads((out / "evaluation.json").read_text())["rows"]
     evaluate.evaluate(args)
-    assert len(names) == 6
+    assert len(names) == 7
     assert json.loads((out / "evaluation.json").read_text())["rows"] == first
     evaluate.evaluate(read(arguments, "--students", student, "--no-peers", "--cfg", "2"))
-    assert len(names) == 12
+    assert len(names) == 14
 
 
 def test_rows_put_harmless_changes_below_another_seed(arguments, student, out):
@@ -84,7 +84,8 @@ def test_rows_put_harmless_changes_below_another_seed(arguments, student, out):
     evaluate.evaluate(read(arguments, "--students", student, "--no-peers"))
     document = json.loads((out / "evaluation.json").read_text())
     rows = document["rows"]
-    assert 0 < rows["teacher, bf16"]["error mean"] < 0.1 * rows["evaluated, 12.5 % of the keys"]["error mean"]
+    assert 0 < rows["teacher, fp16"]["error mean"] < 0.5 * rows["teacher, bf16"]["error mean"]
+    assert rows["teacher, bf16"]["error mean"] < 0.1 * rows["evaluated, 12.5 % of the keys"]["error mean"]
     for figure in ("latent_error", "perceptual", "dct_low", "dct_high"):
         assert 0 < rows["teacher, bf16"][figure] < rows["teacher, another seed"][figure]
     assert rows["teacher, bf16"]["psnr"] > rows["teacher, another seed"]["psnr"]
@@ -93,6 +94,44 @@ def test_rows_put_harmless_changes_below_another_seed(arguments, student, out):
     assert {"command", "commit", "hardware", "torch"} <= set(document)
     settings = document["settings"]
     assert (settings["sampler"], settings["steps"], settings["cfg"], settings["dtype"]) == ("Euler", 2, 4.0, "fp32")
+
+
+def test_behind_its_end_a_subject_is_the_teacher_sample_by_sample(studio, teacher):
+    from dkd_trainer.evidence.students import spend_budget, spend_until, training_free
+    from dkd_trainer.evidence.subject import Running, Subject
+
+    generator = torch.Generator().manual_seed(0)
+    latents, context = torch.randn(3, 4, 8, 8, generator=generator), torch.randn(3, 77, 128, generator=generator)
+    subjects = [Subject("teacher", "t"), *(training_free((0,), s(0.125)) for s in (spend_budget, half_way))]
+    t = torch.tensor([900, 400, 600])
+    with torch.inference_mode():
+        plain, ours, ended = (Running(teacher, subject, 8).predict(latents, t, context) for subject in subjects)
+        late = Running(teacher, subjects[2], 8).predict(latents[1:2], t[1:2], context[1:2])
+    assert torch.equal(ended[[0, 2]], ours[[0, 2]]) and torch.equal(ended[1], plain[1])
+    assert not torch.equal(ours[1], plain[1]) and relate(late, plain[1:2]) < 1e-5
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        spend_until(0.125, 1.5)
+
+
+def half_way(budget):
+    from dkd_trainer.evidence.students import spend_until
+
+    return spend_until(budget, 0.5)
+
+
+def test_presets_and_ends_are_rows_of_their_own(arguments, student, out):
+    from dkd_trainer.evidence import evaluate
+
+    more = ["--students", student, "--no-peers", "--ends", "0.5", "--presets", "--rounds", "1"]
+    evaluate.evaluate(read(arguments, *more))
+    document = json.loads((out / "evaluation.json").read_text())
+    rows, times = document["rows"], document["timing"][0]["subjects"]
+    for kind in ("DHA, training-free", "evaluated"):
+        whole, half = f"{kind}, 12.5 % of the keys", f"{kind}, 12.5 % of the keys until 50 %"
+        assert 0 < rows[half]["error mean"] < rows[whole]["error mean"] and rows[half]["error 0-100"] == 0
+        assert times[half]["attention_pairs"] == pytest.approx((1 + times[whole]["attention_pairs"]) / 2)
+        assert {f"{kind}, preset {name}" for name in ("quality", "balanced", "fast")} <= set(rows)
+        assert rows[f"{kind}, preset fast"]["error 0-100"] > 0 == rows[f"{kind}, preset quality"]["error 0-100"]
 
 
 def test_the_short_sheet_says_whose_difference_it_shows(arguments, student, out):

@@ -83,11 +83,11 @@ def test_the_difference_shown_is_of_the_student_at_its_own_budget():
     report = make_report()
     names = ["teacher", "a peer", "free", "ours, 12.5 %", "ours, 50 %"]
     report.sheet = [(name, torch.full((3, 3, 8, 8), n, dtype=torch.uint8)) for n, name in enumerate(names)]
-    report.ours, report.own = {"free", "ours, 12.5 %", "ours, 50 %"}, ["ours, 12.5 %"]
+    report.ours, report.shown = {"free", "ours, 12.5 %", "ours, 50 %"}, ["ours, 12.5 %"]
     *rows, (title, difference) = shorten(report)
     assert [name for name, _ in rows] == ["teacher", "free", "ours, 12.5 %", "ours, 50 %"]
     assert title == "4 x difference, ours, 12.5 %" and difference.unique().tolist() == [4 * 3]
-    report.own = ["ours, 25 %"]
+    report.shown = ["ours, 25 %"]
     assert choose_shown(report) == "ours, 50 %", "its own budget was not measured"
 
 

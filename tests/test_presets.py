@@ -134,9 +134,17 @@ def test_figures_that_were_not_measured_are_left_out_of_the_tooltip(measured):
     nothing = measured.describe_presets({"presets": {}})
     assert [line.split(":")[0] for line in nothing.splitlines()] == list(PRESETS)
     assert "x" not in nothing.replace("most", "").replace("tokens", "") and "error" not in nothing
-    figures = {"balanced": {"speed": {"1024": 2.345}, "error": 0.1234}, "notes": ["On some machine."]}
+    figures = {"fast": {"speed": {"1024": 2.344}, "error": 0.1234, "psnr": 35.46}, "notes": ["On some machine."]}
     lines = measured.describe_presets({"presets": figures}).splitlines()
-    assert lines[1].endswith("1024 2.35x; error 0.123") and lines[-1] == "On some machine." and len(lines) == 4
+    assert lines[2].endswith("1024 2.34x; error 0.123, 35.5 dB") and lines[-1] == "On some machine." and len(lines) == 4
+
+
+def test_a_presets_speed_in_the_tooltip_is_that_of_a_whole_sampling(measured):
+    """Nine steps at twice the speed and one at the old: 10 / (9 / 2 + 1)."""
+    preset = PRESETS["balanced"]
+    assert preset.end == 0.9 and preset.relate_sampling(0.5) == pytest.approx(0.55)
+    line = measured.describe_presets({"presets": {"balanced": {"speed": {"768": 2.0}}}}).splitlines()[1]
+    assert "all of them in the last 10 % of the sampling" in line and line.endswith("768 1.82x")
 
 
 @pytest.mark.parametrize("content", [None, "{", "[]", '{"format": "other"}'])

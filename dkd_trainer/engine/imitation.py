@@ -17,9 +17,9 @@ from .official import compare_maps, teach_routers
 from .transfer import relative_error
 
 
-def student_options(student: Student, budget: float | None = None) -> dict:
-    """`transformer_options` that run a student inside the teacher's UNet."""
-    return make_patches(student, trained_attention, budget).as_options()
+def student_options(student: Student, budget: float | None = None, most: int | None = None) -> dict:
+    """`transformer_options` that run a student inside the teacher's UNet, at another budget or cap than its own."""
+    return make_patches(student, trained_attention, budget, max_tokens=most).as_options()
 
 
 def imitation_losses(

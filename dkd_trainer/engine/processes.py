@@ -74,7 +74,7 @@ class Processes:
         return broadcast_object_list([value])[0]
 
     def require_same(self, what: str, value: str) -> None:
-        """Raise SettingsError, on all processes, unless `value` is the same on all: each host may have its own files."""
+        """Raise SettingsError, on all processes, unless `value` is the same: hosts may have files of their own."""
         if self.count == 1:
             return
         from accelerate.utils import gather_object

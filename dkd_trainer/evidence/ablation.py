@@ -23,7 +23,7 @@ from .commands import run_command
 from .comparison import Comparison, add_arguments
 from .pace import plan_steps
 from .report import write_report
-from .students import describe, read_students, training_free
+from .students import describe, read_students, spend_budget, training_free
 from .subject import list_null_band
 
 NOTE = (
@@ -117,8 +117,8 @@ def train_row(settings: Settings, teacher: Teacher, corpus) -> dict[str, float]:
 def measure_row(row: TrainedRow, file: Path, comparison: Comparison) -> DHAConfig:
     """Measure a row's student under the row's name; its configuration."""
     student = read_students([file], comparison.teacher)[file]
-    budget = None if student.config.mode == "official" else student.config.token_budget
-    subject = describe(file, student, budget)
+    spending = None if student.config.mode == "official" else spend_budget(student.config.token_budget)
+    subject = describe(file, student, spending)
     comparison.measure(replace(subject, name=row.name, family=row.family, label=row.name))
     return student.config
 
@@ -156,7 +156,7 @@ def measure_untrained(
     """
     plain = DHAConfig(levels=student.levels, token_budget=student.token_budget)
     richer = match_budget(plain, count_cost(student, side, channels), side, channels)
-    free = [(training_free(c.levels, c.token_budget), c) for c in dict.fromkeys((plain, richer))]
+    free = [(training_free(c.levels, spend_budget(c.token_budget)), c) for c in dict.fromkeys((plain, richer))]
     contexts = list_context_rows(student.levels) if "contexts" in args.groups else []
     for subject in [*list_null_band(args.steps), *(subject for subject, _ in free), *contexts]:
         comparison.measure(subject)

@@ -15,7 +15,6 @@ from .judges import list_judges
 from .kept import Kept, name_code, name_file
 from .report import Report
 from .stopwatch import time_subjects
-from .students import name_own, read_students
 from .subject import Subject
 from .summary import Row, summarise
 
@@ -122,6 +121,6 @@ class Comparison:
         }
         families = {subject.name: (subject.family, subject.label) for subject in self.subjects}
         ours = {subject.name for subject in self.subjects if subject.is_dha}
-        own = [name_own(file, student) for file, student in read_students(students, self.teacher).items()]
+        shown = [subject.name for subject in self.subjects if subject.is_shown]
         record = describe_run(self.teacher.device)
-        return Report(record, settings, rows, families, ours, self.time_all(), self.missing, self.sheet, own)
+        return Report(record, settings, rows, families, ours, self.time_all(), self.missing, self.sheet, shown)

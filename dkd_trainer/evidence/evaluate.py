@@ -23,6 +23,10 @@ def read_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace
     parser.add_argument(
         "--budgets", type=float, nargs="+", help="shares of the tokens that become keys (each student's own)"
     )
+    parser.add_argument(
+        "--ends", type=float, nargs="+", default=[], help="shares of the sampling before an exact rest, at own budgets"
+    )
+    parser.add_argument("--presets", action="store_true", help="the presets of Apply DHA as well")
     parser.add_argument("--no-peers", action="store_true", help="students and the null band alone")
     return parser.parse_args(arguments)
 
@@ -30,7 +34,7 @@ def read_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace
 def list_subjects(args: argparse.Namespace, comparison: Comparison) -> list[Subject]:
     """The null band, DHA at every budget, and the peers at the levels of the first student; raises ValueError."""
     students = read_students(args.students, comparison.teacher)
-    subjects = [*list_null_band(args.steps), *list_students(students, args.budgets)]
+    subjects = [*list_null_band(args.steps), *list_students(students, args.budgets, args.ends, args.presets)]
     if not args.no_peers:
         subjects += list_peers(peer_levels(students))
     names = [subject.name for subject in subjects]

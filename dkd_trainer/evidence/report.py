@@ -19,7 +19,7 @@ from .summary import Row, judge_null_band
 FORMAT = "dha-evaluation"
 EQUAL = 1.02  # steps whose times differ by less are called equally long
 NULL_BAND = (
-    "Within the null band: no farther from the teacher than it is itself at bf16 or with a fifth fewer steps "
+    "Within the null band: no farther from the teacher than it is itself at fp16, at bf16 or with a fifth fewer steps "
     "(a change passes too where two standard errors reach that)"
 )
 DEFINITIONS = """\
@@ -35,8 +35,8 @@ against the teacher, prompt by prompt."""
 class Report:
     """All there is to say: what ran where (`record`), `settings`, figures by subject, step times, and pictures.
 
-    `families` are family and label of each subject in the plots, `ours` the forms of DHA among them, `own` the students
-    at their own token budgets; `missing` names metrics that could not be computed.
+    `families` are family and label of each subject in the plots, `ours` the forms of DHA among them, `shown` those
+    whose difference may be shown; `missing` names metrics that could not be computed.
     """
 
     record: dict[str, str]
@@ -47,7 +47,7 @@ class Report:
     timing: list[dict]
     missing: dict[str, str]
     sheet: list[tuple[str, Tensor]]
-    own: Sequence[str] = ()
+    shown: Sequence[str] = ()
 
 
 def to_document(report: Report) -> dict:
@@ -112,7 +112,8 @@ def tabulate_time(report: Report, timing: dict, equal: dict[str, dict]) -> tuple
     """Step times in the order of the error, and the best peer at the same or more time."""
     title = (
         f"One UNet step of {timing['checkpoint']} ({timing['architecture']}) at {timing['size']}x{timing['size']}, "
-        f"batch {timing['batch']}, {timing['rounds']} rounds in turn"
+        f"batch {timing['batch']}, {timing['rounds']} rounds in turn; the mean over a sampling where DHA stops before "
+        "its end"
     )
     head = ["", "ms a step", "quartiles", "relative", "attention pairs", "error", "best peer at this time or more"]
     cells = []
@@ -166,10 +167,10 @@ def draw_plots(report: Report, stem: str) -> dict[str, tuple[str, bytes]]:
 
 
 def choose_shown(report: Report) -> str:
-    """The form of DHA whose difference is shown: the last student at its own budget, else the last of all."""
+    """The form of DHA whose difference is shown: the last that is to be shown, else the last of all."""
     names = [name for name, _ in report.sheet]
-    own = [name for name in names if name in report.own]
-    return [*names[:1], *(name for name in names[1:] if name in report.ours), *own][-1]
+    shown = [name for name in names if name in report.shown]
+    return [*names[:1], *(name for name in names[1:] if name in report.ours), *shown][-1]
 
 
 def name_short(report: Report) -> str:
@@ -178,18 +179,23 @@ def name_short(report: Report) -> str:
 
 
 def shorten(report: Report) -> list[tuple[str, Tensor]]:
-    """Of the sheet the teacher, all forms of DHA, and how far one of them is from the teacher."""
-    rows = [row for number, row in enumerate(report.sheet) if number == 0 or row[0] in report.ours]
+    """Of the sheet the teacher, the presets or else all forms of DHA, and how far one of them is from the teacher."""
+    presets = [name for name in report.ours if ", preset " in name]
+    rows = [row for number, row in enumerate(report.sheet) if number == 0 or row[0] in (presets or report.ours)]
     name, (_, teacher) = choose_shown(report), rows[0]
     difference = (dict(rows)[name].int() - teacher.int()).abs().mul(4).clamp(max=255).to(teacher.dtype)
     return [*rows, (f"4 x difference, {name}", difference)]
 
 
 def choose_lines(report: Report) -> list[str]:
-    """All forms of DHA and the first member of every other family: more lines than that cannot be told apart."""
+    """All forms of DHA and the first member of every other family: more lines than that cannot be told apart.
+
+    What stops before the end is left out: the same line as without, and none where it has no error.
+    """
     first = {family: name for name, (family, _) in reversed(report.families.items())}
     named = [name for name in report.families if name in report.ours or name in first.values()]
-    return [name for name in named if report.rows[name].get("error mean")]
+    lows = [f"error {low}-{high}" for low, high in TIME_BANDS]
+    return [name for name in named if all(report.rows[name].get(low) for low in lows)]
 
 
 def describe_settings(report: Report) -> str:

@@ -25,7 +25,7 @@ def wait(device: torch.device) -> None:
 def time_subjects(teacher: Teacher, subjects: Sequence[Subject], size: int, batch: int, rounds: int) -> dict[str, dict]:
     """Per subject: `seconds` a step with quartiles, `relative` to the first subject, and its `attention_pairs`.
 
-    Medians over rounds, after an uncounted step each; `relative` is that of laps of the same round, pairs of query and
+    Where a subject stops before the end of a sampling they are means over all of its steps. Medians over rounds, after an uncounted step each; `relative` is that of laps of the same round, pairs of query and
     key are a share of the first subject's in all attentions. `size` in pixels, `batch` rows of a UNet call.
     """
     side = size // 8
@@ -54,8 +54,13 @@ def time_subjects(teacher: Teacher, subjects: Sequence[Subject], size: int, batc
     for _ in tqdm(range(rounds), desc=f"time at {size}", leave=False):
         for name, running in runs.items():
             laps[name].append(lap(running, steps))
-    base = laps[subjects[0].name]
-    return {name: describe(laps[name], base, pairs[name] / pairs[subjects[0].name]) for name in runs}
+    base, whole = laps[subjects[0].name], pairs[subjects[0].name]
+    found = {}
+    for name, running in runs.items():
+        end = running.subject.end
+        mean = [end * own + (1 - end) * first for own, first in zip(laps[name], base, strict=True)]
+        found[name] = describe(mean, base, end * pairs[name] / whole + 1 - end)
+    return found
 
 
 def describe(laps: list[float], base: list[float], pairs: float) -> dict[str, float]:

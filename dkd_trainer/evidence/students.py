@@ -1,11 +1,15 @@
 """Student files and the training-free form as subjects of an evaluation."""
 
+import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from dha.checkpoint import check_architecture, load_student
 from dha.config import DHAConfig
+from dha.presets import PRESETS, Preset
 from dha.student import Student
 
 from ..engine.imitation import student_options
@@ -15,6 +19,7 @@ from .peers import percent
 from .subject import Subject
 
 TRAINING_FREE = "DHA, training-free"
+MIDDLE = "preset balanced"
 
 
 def read_students(files: list[Path], teacher: Teacher) -> dict[Path, Student]:
@@ -32,53 +37,85 @@ def peer_levels(students: dict[Path, Student]) -> tuple[int, ...]:
     return hybrid[0] if hybrid else (0,)
 
 
-def list_students(students: dict[Path, Student], budgets: list[float] | None) -> list[Subject]:
-    """Each student at its own or the given budgets, after the training-free form at the same ones.
+class Spending(NamedTuple):
+    """How much of the exactness is given away, with what its subjects' names, families and points are marked with."""
+
+    name: str
+    family: str
+    label: str
+    preset: Preset
+
+
+def spend_budget(budget: float) -> Spending:
+    """A share of the keys, in all steps."""
+    return Spending(f"{100 * budget:.4g} % of the keys", "", percent(budget), Preset(budget, None))
+
+
+def spend_until(budget: float, end: float) -> Spending:
+    """A share of the keys in the steps before `end`, all keys in those after it; raises ValueError outside (0, 1)."""
+    if not 0 < end < 1:
+        raise ValueError(f"--ends {end:g}, expected shares of the sampling between 0 and 1")
+    name = f"{spend_budget(budget).name} until {100 * end:.4g} %"
+    return Spending(name, ", exact in the end", percent(end), Preset(budget, None, end))
+
+
+def list_spendings(own: float, budgets: list[float] | None, ends: list[float], presets: bool) -> list[Spending]:
+    """What a student is evaluated at: the budgets or its own one, its own one until each end, the presets."""
+    found = [spend_budget(budget) for budget in budgets or [own]]
+    found += [spend_until(own, end) for end in ends]
+    found += [Spending(f"preset {name}", ", presets", name, p) for name, p in PRESETS.items() if presets]
+    return found
+
+
+def list_students(
+    students: dict[Path, Student], budgets: list[float] | None, ends: Sequence[float] = (), presets: bool = False
+) -> list[Subject]:
+    """Each student as `list_spendings` says, after the training-free form of the same.
 
     Students of mode `official` have no budget and come once.
     """
-    levels, own = peer_levels(students), [s.config.token_budget for s in students.values() if s.config.mode == "hybrid"]
-    free = [training_free(levels, budget) for budget in budgets or dict.fromkeys(own or [0.125])]
-    subjects = []
+    further = (budgets, list(ends), presets)
+    own = dict.fromkeys(s.config.token_budget for s in students.values() if s.config.mode == "hybrid")
+    spendings = dict.fromkeys(spending for budget in own or [0.125] for spending in list_spendings(budget, *further))
+    subjects = [training_free(peer_levels(students), spending) for spending in spendings]
     for file, student in students.items():
         if student.config.mode == "official":
             subjects.append(describe(file, student, None))
         else:
-            subjects += [describe(file, student, budget) for budget in budgets or [student.config.token_budget]]
-    return [*free, *subjects]
+            subjects += [describe(file, student, s) for s in list_spendings(student.config.token_budget, *further)]
+    return subjects
 
 
-def training_free(levels: tuple[int, ...], budget: float) -> Subject:
+def training_free(levels: tuple[int, ...], spending: Spending) -> Subject:
     """The same context without any training; `identity` is its configuration as JSON."""
+    budget, most, end = spending.preset.token_budget, spending.preset.max_tokens, spending.preset.end
     config = DHAConfig(levels=levels, token_budget=budget)
 
     def build(teacher: Teacher, _side: int) -> dict:
-        return student_options(Student(config, teacher.architecture))
+        return student_options(Student(config, teacher.architecture), most=most)
 
-    return Subject(
-        name_budget(TRAINING_FREE, budget), TRAINING_FREE, build, percent(budget), config.to_json(), is_dha=True
-    )
-
-
-def name_own(file: Path, student: Student) -> str:
-    """The name of the subject that is a student at its own budget."""
-    return file.stem if student.config.mode == "official" else name_budget(file.stem, student.config.token_budget)
+    name, family = f"{TRAINING_FREE}, {spending.name}", TRAINING_FREE + spending.family
+    return Subject(name, family, build, spending.label, config.to_json(), is_dha=True, end=end)
 
 
-def describe(file: Path, student: Student, budget: float | None) -> Subject:
-    """A student's file as a subject."""
-    name = file.stem if budget is None else name_budget(file.stem, budget)
-    label = "official" if budget is None else percent(budget)
+def describe(file: Path, student: Student, spending: Spending | None) -> Subject:
+    """A student's file as a subject; one of mode `official` spends nothing.
+
+    Shown are a student at its own budget and at the preset in the middle, whichever comes last.
+    """
+    own = (spend_budget(student.config.token_budget).name, MIDDLE)
+    name = file.stem if spending is None else f"{file.stem}, {spending.name}"
+    family = file.stem if spending is None else file.stem + spending.family
+    label = "official" if spending is None else spending.label
+    budget, most, end = (None, None, 1.0) if spending is None else dataclasses.astuple(spending.preset)
 
     def build(teacher: Teacher, _side: int) -> dict:
-        return student_options(fit_student(student, teacher), budget)
+        return student_options(fit_student(student, teacher), budget, most)
 
     attributes = student.list_attributes([site.block for site in student.list_sites()])
-    return Subject(name, file.stem, build, label, f"{name_file(file)} {budget}", attributes=attributes, is_dha=True)
-
-
-def name_budget(name: str, budget: float) -> str:
-    return f"{name}, {100 * budget:.4g} % of the keys"
+    identity = f"{name_file(file)} {budget}"
+    shown = spending is None or spending.name in own
+    return Subject(name, family, build, label, identity, None, 11, None, attributes, True, shown, end)
 
 
 def fit_student(student: Student, teacher: Teacher) -> Student:

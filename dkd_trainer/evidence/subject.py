@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from dha.presets import Preset
+
 from ..host import Teacher
 
 # `transformer_options` for a teacher and a side of the finest level in tokens: peers are stated as shares of it
@@ -25,7 +27,8 @@ class Subject:
 
     `family` groups the points of one line in the plot, where a point is marked with `label`; `identity` says what
     decides the result beside the name and the teacher; `attributes` are plain values of the UNet's modules to change by
-    path, such as a norm's number of groups.
+    path, such as a norm's number of groups. Behind the share `end` of the sampling the teacher itself goes on. The
+    report shows how far pictures of the one that `is_shown` are from the teacher's.
     """
 
     name: str
@@ -38,12 +41,14 @@ class Subject:
     dtype: torch.dtype | None = None
     attributes: Mapping[str, int] = field(default_factory=dict)
     is_dha: bool = False
+    is_shown: bool = False
+    end: float = 1.0
 
     @property
     def key(self) -> dict[str, object]:
         """Everything about a subject that decides what is measured of it."""
         values = {"name": self.name, "identity": self.identity, "steps": self.steps, "seed": self.seed}
-        return values | {"dtype": str(self.dtype), "attributes": dict(self.attributes)}
+        return values | {"dtype": str(self.dtype), "attributes": dict(self.attributes), "end": self.end}
 
     @property
     def is_teacher(self) -> bool:
@@ -61,8 +66,21 @@ class Running:
 
     def predict(self, latents: Tensor, t: Tensor, context: Tensor) -> Tensor:
         """The raw prediction (B, 4, h, w) in fp32 of noisy latents at timesteps t (B,) for context (B, 77, C)."""
-        inputs = {"context": context.to(self.dtype), "transformer_options": dict(self.options)}
-        with changed_attributes(self.unet, self.subject.attributes):
+        if self.subject.end == 1:
+            return self.run(latents, t, context)
+        ours = t >= Preset(1.0, None, self.subject.end).least_timestep
+        if not ours.any():
+            return self.run(latents, t, context, changed=False)
+        found = self.run(latents, t, context)
+        if ours.all():
+            return found
+        return torch.where(ours.view(-1, 1, 1, 1), found, self.run(latents, t, context, changed=False))
+
+    def run(self, latents: Tensor, t: Tensor, context: Tensor, changed: bool = True) -> Tensor:
+        """A forward as the subject changes it, or as the teacher's own."""
+        options, attributes = (self.options, self.subject.attributes) if changed else ({}, {})
+        inputs = {"context": context.to(self.dtype), "transformer_options": dict(options)}
+        with changed_attributes(self.unet, attributes):
             return self.unet(latents.to(self.dtype), t.float(), **inputs).float()
 
 
@@ -83,6 +101,7 @@ def changed_attributes(module: nn.Module, values: Mapping[str, int]) -> Iterator
 def list_null_band(steps: int) -> list[Subject]:
     """Changes of the teacher that nobody minds, and as the far end another seed."""
     return [
+        Subject("teacher, fp16", "null", dtype=torch.float16),
         Subject("teacher, bf16", "null", dtype=torch.bfloat16),
         Subject(f"teacher, {steps * 4 // 5} steps", "null", steps=steps * 4 // 5),
         Subject("teacher, another seed", "far end", seed=12),

@@ -18,7 +18,7 @@ from .report import FORMAT, VERSION, name_machine
 
 OUT = PACK / "nodes" / "measured.json"
 SIZES = ("512x512", "768x768", "1024x1024", "2048x2048")
-FIGURES = ("speed", "training_free", "error")  # of a preset
+FIGURES = ("speed", "training_free", "error", "psnr")  # of a preset; speeds are those of a shortened step
 
 
 def read_result(path: Path) -> dict[str, Any]:
@@ -85,20 +85,18 @@ def list_speeds(document: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return speeds
 
 
-def read_errors(path: Path) -> dict[str, float]:
-    """Mean error of the student's prediction by preset, from an evaluation's JSON with it at the presets' budgets."""
-    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
-    presets, errors = import_from_pack("dha.presets").PRESETS, {}
+def read_errors(path: Path) -> dict[str, dict[str, float]]:
+    """By preset the student's mean `error` of the prediction and its median `psnr`, from an evaluation's JSON."""
+    rows, errors = json.loads(path.read_text(encoding="utf-8"))["rows"], {}
     for name, row in rows.items():
-        for preset, spending in presets.items():
-            ending = f", {100 * spending.token_budget:.4g} % of the keys"
-            if name.endswith(ending) and "training-free" not in name and "error mean" in row:
-                errors[preset] = round(row["error mean"], 4)
+        _, _, preset = name.rpartition(", preset ")
+        if preset in import_from_pack("dha.presets").PRESETS and "training-free" not in name:
+            errors[preset] = {"error": round(row["error mean"], 4), "psnr": round(row["psnr"], 1)}
     return errors
 
 
 def merge(
-    kept: dict[str, Any], documents: list[dict[str, Any]], errors: dict[str, float], command: str
+    kept: dict[str, Any], documents: list[dict[str, Any]], errors: dict[str, dict[str, float]], command: str
 ) -> dict[str, Any]:
     """The file's new content: newly measured layers take the place of the same device's and precision's old ones.
 
@@ -112,13 +110,13 @@ def merge(
         if table["rows"]:
             tables[table["device"], table["dtype"], table["machine"]] = table
         if speeds := list_speeds(document):
-            others = {name: {"error": figures["error"]} for name, figures in presets.items() if "error" in figures}
+            others = {name: {k: v for k, v in f.items() if k in ("error", "psnr")} for name, f in presets.items()}
             presets = {name: {**others.get(name, {}), **speeds.get(name, {})} for name in {**others, **speeds}}
             notes = [line for line in notes if not line.startswith("Speed:")] + [describe_speed(table, speeds)]
-    for name, error in errors.items():
-        presets.setdefault(name, {})["error"] = error
+    for name, figures in errors.items():
+        presets.setdefault(name, {}).update(figures)
     if errors:
-        note = "Error: of the prediction, relative, of the mini SD-2.1's student."
+        note = "Error: of the prediction, relative, and PSNR to the original, of the mini SD-2.1's student."
         notes = [line for line in notes if not line.startswith("Error:")] + [note]
     shown = {**order(presets), **({"notes": notes} if notes else {})}
     return {"format": kept["format"], "command": command, "layers": list(tables.values()), "presets": shown}
@@ -136,13 +134,13 @@ def describe_speed(table: dict[str, Any], speeds: dict[str, dict[str, Any]]) -> 
     whose = "with a student" if len(free) < len(speeds) else "training-free"
     except_for = f" ({', '.join(free)}: training-free)" if 0 < len(free) < len(speeds) else ""
     where = f"{table['machine']}, {table['dtype']}, commit {table['commit']}"
-    return f"Speed: a UNet step of SD-2.1 {whose}{except_for}, {where}."
+    return f"Speed: of a sampling, from a UNet step of SD-2.1 {whose}{except_for}, {where}."
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m workflows.bench.measured", description=__doc__)
     parser.add_argument("results", type=Path, nargs="*", help="JSON files of the bench, the one to show last")
-    parser.add_argument("--errors", type=Path, help="JSON of dkd_trainer evaluate --budgets 0.0625 0.125 0.25")
+    parser.add_argument("--errors", type=Path, help="JSON of dkd_trainer evaluate --presets")
     parser.add_argument("--out", type=Path, default=OUT, help="the file to renew (nodes/measured.json)")
     arguments = parser.parse_args()
     try:

@@ -12,17 +12,20 @@ from .backends import BACKENDS
 from .model import draw_weights, import_from_pack
 
 TRAINED = {"memory": 16, "rank": 8, "router_width": 64, "local": 16, "blend": True, "gather": True}
+STUDENT = "DHA student (router, 16 gathering memory tokens, rank 8, local branch)"
 # The most telling ones first: where time is short, the last ones are left out.
 TITLES = {
     "unpatched": "unpatched",
     "dha-balanced": "DHA, training-free, preset balanced",
     "ceiling": "ceiling: no token mixing at all, projections kept",
-    "student-balanced": "DHA student (router, 16 gathering memory tokens, rank 8, local branch), preset balanced",
+    "student-balanced": f"{STUDENT}, preset balanced",
     "kv2": "K/V down-sampled by 2, finest level",
     "hypertile": "HyperTile 256 (core node)",
     "tome": "ToMe 0.5 (core node)",
     "dha-fast": "DHA, training-free, preset fast",
     "dha-quality": "DHA, training-free, preset quality",
+    "student-fast": f"{STUDENT}, preset fast",
+    "student-quality": f"{STUDENT}, preset quality",
     "kv2-two": "K/V down-sampled by 2, two finest levels",
     "official-0.5": "published DHA, sparsity 0.5, all levels",
     "official-0.1": "published DHA, sparsity 0.1, all levels",
@@ -141,15 +144,16 @@ def patch_ceiling(model):
 
 def list_patchers() -> dict[str, Callable]:
     """How each subject is made from the unpatched model, by name."""
+    presets = import_from_pack("dha.presets").PRESETS
     everywhere = {"mode": "official", "levels": (0, 1, 2, 3)}
     return {
         "unpatched": lambda model: model.clone(),
         "ceiling": patch_ceiling,
-        "student-balanced": partial(patch_student, preset="balanced", levels=(0, 1), **TRAINED),
         "kv2": patch_kv2,
         "kv2-two": partial(patch_kv2, levels=2),
         "hypertile": patch_hypertile,
         "tome": patch_tome,
-        **{f"dha-{name}": partial(patch_dha, preset=name) for name in import_from_pack("dha.presets").PRESETS},
+        **{f"dha-{name}": partial(patch_dha, preset=name) for name in presets},
+        **{f"student-{name}": partial(patch_student, preset=name, levels=(0, 1), **TRAINED) for name in presets},
         **{f"official-{share:g}": partial(patch_student, sparsity=share, **everywhere) for share in (0.5, 0.1)},
     }
