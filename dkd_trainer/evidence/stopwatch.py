@@ -25,8 +25,9 @@ def wait(device: torch.device) -> None:
 def time_subjects(teacher: Teacher, subjects: Sequence[Subject], size: int, batch: int, rounds: int) -> dict[str, dict]:
     """Per subject: `seconds` a step with quartiles, `relative` to the first subject, and its `attention_pairs`.
 
-    Where a subject stops before the end of a sampling they are means over all of its steps. Medians over rounds, after an uncounted step each; `relative` is that of laps of the same round, pairs of query and
-    key are a share of the first subject's in all attentions. `size` in pixels, `batch` rows of a UNet call.
+    Where a subject stops before the end of a sampling they are means over all of its steps. Medians over rounds, after
+    an uncounted step each; `relative` is that of laps of the same round, pairs of query and key are a share of the
+    first subject's in all attentions. `size` in pixels, `batch` rows of a UNet call.
     """
     side = size // 8
     generator = torch.Generator().manual_seed(1)
