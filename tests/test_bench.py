@@ -26,7 +26,7 @@ needs_comfyui = pytest.mark.skipif(
 )
 WIDTH, HEIGHT, TEXT = 512, 256, 77
 CPU = torch.device("cpu")
-MEMORY = 16  # tokens of the student that is timed
+MEMORY = 32  # tokens of the student that is timed
 
 
 @pytest.fixture(scope="module")
