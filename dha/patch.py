@@ -172,7 +172,9 @@ def make_patches(
         return call.output
 
     def middle_patch(x: Tensor, options: dict) -> Tensor:
-        call = options.get(STATE)  # added where tokens are whole again, whatever ToMe and HyperTile did to the queries
+        # Added where tokens are whole again, whatever ToMe and HyperTile did to the queries. Popped, as its tensors would
+        # otherwise lie there while the feed-forward layer takes the most memory of the whole block.
+        call = options.pop(STATE, None)
         return x if call is None or call.local is None else x + call.local
 
     return Patches(emb_patch, attn1_patch, attn1_replace, output_patch, middle_patch, list(sites))

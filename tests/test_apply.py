@@ -13,6 +13,7 @@ from conftest import ROOT, TRAINED, relate
 
 from dha.checkpoint import load_student
 from dha.patch import make_patches, plain_attention
+from dha.peak import LiveTensors
 
 LATENT_SIZES = {"square": (128, 128), "wide": (192, 128), "odd": (136, 88), "tall": (64, 256)}
 
@@ -264,6 +265,18 @@ def test_graphs_from_before_the_presets_mean_what_they_meant(studio):
     assert list(inputs["optional"]) == ["student", "preset"]
     kind, options = inputs["optional"]["preset"]
     assert options["default"] == "custom" and "balanced: 12.5 % of the tokens" in options["tooltip"]
+
+
+@pytest.mark.parametrize("side", [256, 384])
+def test_the_peak_of_memory_grows_by_no_more_than_the_students_own_size(studio, student, side):
+    own = sum(weight.nbytes for weight in student.patcher.model.parameters())
+    peaks = []
+    for model in (studio.model, studio.apply(student=student)):
+        studio.draw(model, size=(side, side), steps=1)
+        with LiveTensors() as live:
+            studio.draw(model, size=(side, side), steps=1)
+        peaks.append(live.highest)
+    assert peaks[1] <= peaks[0] + own
 
 
 class CountedSigmas(torch.Tensor):
