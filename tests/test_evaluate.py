@@ -267,3 +267,18 @@ def test_an_unknown_row_is_named(arguments, pairs):
     args = ablation.read_arguments([*arguments, "--data", str(pairs), "--only", "stage 9"])
     with pytest.raises(ValueError, match="no row 'stage 9'"):
         ablation.list_rows(args, DHAConfig(memory=8), 8, 32)
+
+
+def test_every_row_is_a_run_that_the_trainer_takes(arguments, pairs):
+    """Settings of all groups are valid, and those of a group differ from each other."""
+    from dkd_trainer.engine.stages import list_stages
+    from dkd_trainer.evidence import ablation
+
+    args = ablation.read_arguments([*arguments, "--data", str(pairs), "--groups", "stages", "parts", "terms"])
+    rows = ablation.list_rows(args, ablation.common_student(args), 8, 32)
+    runs = {row.name: ablation.row_settings(args, row) for row in rows}
+    for row in rows:
+        assert list_stages(runs[row.name]), row.name
+    for family in ("parts", "terms"):
+        kinds = [str(runs[row.name].describe_run()) for row in rows if row.family == family]
+        assert len(set(kinds)) == len(kinds) > 4

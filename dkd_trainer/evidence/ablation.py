@@ -17,7 +17,14 @@ from ..engine.occupancy import occupy
 from ..engine.processes import Processes
 from ..host import Teacher
 from ..settings import Settings, assemble_settings, parse_override
-from .ablation_rows import GROUPS, TrainedRow, list_context_rows, list_part_rows, list_stage_rows
+from .ablation_rows import (
+    GROUPS,
+    TrainedRow,
+    list_context_rows,
+    list_part_rows,
+    list_stage_rows,
+    list_term_rows,
+)
 from .attention_cost import count_cost, count_full, match_budget
 from .commands import run_command
 from .comparison import Comparison, add_arguments
@@ -56,7 +63,8 @@ def list_rows(args: argparse.Namespace, student: DHAConfig, side: int, channels:
     """The trained rows of the groups asked for; raises ValueError when `--only` names another one."""
     stages = list_stage_rows(student, args.preset, side, channels) if "stages" in args.groups else []
     parts = list_part_rows(student, args.preset) if "parts" in args.groups else []
-    rows = [*stages, *parts]
+    terms = list_term_rows(args.preset) if "terms" in args.groups else []
+    rows = [*stages, *parts, *terms]
     if unknown := sorted(set(args.only or ()) - {row.name for row in rows}):
         raise ValueError(f"there is no row {unknown[0]!r}; the rows are {', '.join(repr(row.name) for row in rows)}")
     return rows

@@ -1,4 +1,4 @@
-"""The rows of the ablation: the stages, the parts of a student, and contexts without training."""
+"""The rows of the ablation: stages, parts of a student, loss terms of stage 2, and contexts without training."""
 
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -11,7 +11,7 @@ from .contexts import builder_options, grid_and_chosen
 from .peers import list_peers
 from .subject import Subject
 
-GROUPS = ("stages", "parts", "contexts")
+GROUPS = ("stages", "parts", "terms", "contexts")
 STAGES = ("transfer", "imitation", "quality")
 PUBLISHED_RATE, USUAL_RATE = 1e-6, 5e-4
 
@@ -72,6 +72,21 @@ def list_part_rows(student: DHAConfig, preset: str) -> list[TrainedRow]:
         overrides = tuple((f"student.{k}", list(v) if isinstance(v, tuple) else v) for k, v in changed.items())
         rows.append(TrainedRow(name, "parts", preset, (0.6, 0.4, 0.0), overrides))
     return rows
+
+
+def list_term_rows(preset: str) -> list[TrainedRow]:
+    """The preset's student, half of the time in stage 1 and half in stage 2 with one term beside the prediction's."""
+    terms: dict[str, dict[str, Any]] = {
+        "prediction": {},
+        "prediction and block outputs": {"blocks": 1.0},
+        "prediction and attention outputs": {"attention": 1.0},
+        "guided prediction": {"guidance": [1.0, 7.0]},
+        "prediction and real noise": {"noise": [0.0, 1.0]},
+    }
+    return [
+        TrainedRow(row, "terms", preset, (0.5, 0.5, 0.0), tuple((f"imitation.{k}", v) for k, v in changed.items()))
+        for row, changed in terms.items()
+    ]
 
 
 def list_context_rows(levels: tuple[int, ...]) -> list[Subject]:
