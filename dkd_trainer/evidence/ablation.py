@@ -166,7 +166,8 @@ def measure_untrained(
     richer = match_budget(plain, count_cost(student, side, channels), side, channels)
     free = [(training_free(c.levels, spend_budget(c.token_budget)), c) for c in dict.fromkeys((plain, richer))]
     contexts = list_context_rows(student.levels) if "contexts" in args.groups else []
-    for subject in [*list_null_band(args.steps), *(subject for subject, _ in free), *contexts]:
+    null = list_null_band(args.steps, comparison.teacher.device)
+    for subject in [*null, *(subject for subject, _ in free), *contexts]:
         comparison.measure(subject)
     return {subject.name: config for subject, config in free}
 

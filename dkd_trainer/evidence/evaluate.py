@@ -34,7 +34,8 @@ def read_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace
 def list_subjects(args: argparse.Namespace, comparison: Comparison) -> list[Subject]:
     """The null band, DHA at every budget, and the peers at the levels of the first student; raises ValueError."""
     students = read_students(args.students, comparison.teacher)
-    subjects = [*list_null_band(args.steps), *list_students(students, args.budgets, args.ends, args.presets)]
+    subjects = list_null_band(args.steps, comparison.teacher.device)
+    subjects += list_students(students, args.budgets, args.ends, args.presets)
     if not args.no_peers:
         subjects += list_peers(peer_levels(students))
     names = [subject.name for subject in subjects]

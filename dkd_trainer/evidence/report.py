@@ -19,7 +19,7 @@ from .summary import Row, judge_null_band
 FORMAT = "dha-evaluation"
 EQUAL = 1.02  # steps whose times differ by less are called equally long
 NULL_BAND = (
-    "Within the null band: no farther from the teacher than it is itself at fp16, at bf16 or with a fifth fewer steps "
+    "Within the null band: no farther from the teacher than it is itself in half precision or with a fifth fewer steps "
     "(a change passes too where two standard errors reach that)"
 )
 DEFINITIONS = """\
