@@ -172,8 +172,8 @@ def make_patches(
         return call.output
 
     def middle_patch(x: Tensor, options: dict) -> Tensor:
-        # Added where tokens are whole again, whatever ToMe and HyperTile did to the queries. Popped, or its tensors would
-        # lie there while the feed-forward layer takes the most memory of the whole block.
+        # Added where tokens are whole again, whatever ToMe and HyperTile did to the queries. Popped, or its tensors
+        # would lie there while the feed-forward layer takes the most memory of the whole block.
         call = options.pop(STATE, None)
         return x if call is None or call.local is None else x + call.local
 
