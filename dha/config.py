@@ -9,7 +9,7 @@ MODES = ("hybrid", "official")
 NORM_GROUPS = 32  # of every transformer in SD-2.x
 GROUPS = (1, 2, 4, 8, 16, 32)  # that a norm of SD-2.x's widths can have
 DELTAS = ("q", "k", "v", "out")
-RETIRED = {"weighted": False}  # settings that older files have, with the only value that they may have
+RETIRED = {"weighted": False, "gather": True}  # settings that older files have, with the only value that counts
 
 
 class ConfigError(ValueError):
@@ -22,7 +22,7 @@ class DHAConfig:
 
     `levels` are UNet resolutions, 0 the finest. `token_budget` is the share of a level's tokens that become keys, at
     most `max_tokens` of them; `coarse_share` of the keys form the strided grid, the router picks the others. `memory`
-    learned tokens, which with `gather` also hold summaries of the picture, low-rank `deltas` of `rank`, a router of
+    learned tokens, which also hold summaries of the picture, low-rank `deltas` of `rank`, a router of
     `router_width`, a convolution of `local` channels beside the attention and a `blend` of grid tokens with the means
     of their cells are the trained parts; 0 or false leaves one out.
     `sparsity` and `norm_groups`, those of the GroupNorm in front of each transformer, belong to mode `official`.
@@ -39,7 +39,6 @@ class DHAConfig:
     router_width: int = 0
     local: int = 0
     blend: bool = False
-    gather: bool = False
     sparsity: float = 0.5
     norm_groups: int = NORM_GROUPS
 
@@ -72,8 +71,7 @@ class DHAConfig:
         require(
             self.mode == "official" or groups == NORM_GROUPS, "norm_groups", groups, f"{NORM_GROUPS} in mode 'hybrid'"
         )
-        for name in ("blend", "gather"):
-            require(type(getattr(self, name)) is bool, name, getattr(self, name), "true or false")
+        require(type(self.blend) is bool, "blend", self.blend, "true or false")
         require(set(self.deltas) <= set(DELTAS), "deltas", self.deltas, f"a selection of {DELTAS}")
 
     def to_json(self) -> str:
@@ -89,7 +87,8 @@ class DHAConfig:
             raise ConfigError(f"the DHA configuration is not JSON: {error}") from error
         if not isinstance(values, dict):
             raise ConfigError(f"the DHA configuration is {type(values).__name__}, expected an object")
-        values = {name: value for name, value in values.items() if value is not RETIRED.get(name, ...)}
+        empty = {} if values.get("memory") else {"gather": False}  # without memory tokens nothing gathers
+        values = {k: v for k, v in values.items() if v is not RETIRED.get(k, ...) and v is not empty.get(k, ...)}
         known = {field.name for field in dataclasses.fields(cls)}
         if unknown := sorted(set(values) - known):
             raise ConfigError(f"unknown DHA setting(s) {unknown}; known are {sorted(known)}")

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from .config import DHAConfig
 from .local import LocalMix
-from .memory import GatheringMemory, Memory
+from .memory import Memory
 from .routing import ContextPlan, Router, cell_means, coarse_indices
 
 
@@ -75,8 +75,7 @@ class HybridSite(nn.Module):
     def __init__(self, channels: int, embedding: int, config: DHAConfig, operations=nn):
         super().__init__()
         self.router = Router(embedding, channels, config.router_width, operations) if config.router_width else None
-        kind = GatheringMemory if config.gather else Memory
-        self.memory = kind(channels, config.memory) if config.memory else None
+        self.memory = Memory(channels, config.memory) if config.memory else None
         self.local = LocalMix(channels, embedding, config.local, operations) if config.local else None
         self.blend = Blend(channels) if config.blend else None
         names = config.deltas if config.rank else ()

@@ -1,4 +1,4 @@
-"""External memory: learned tokens that stand beside real ones as keys, and may gather what the picture holds."""
+"""External memory: learned tokens that stand beside real ones as keys, and gather what the picture holds."""
 
 import torch
 from torch import Tensor, nn
@@ -7,39 +7,22 @@ SHARPNESS = 2.0  # of gathering at the start: tokens have unit variance, so logi
 
 
 class Memory(nn.Module):
-    """M learned tokens of a layer, in token space before to_k and to_v.
+    """M tokens of a layer, in token space before to_k and to_v: each learned, with a summary by a question of its own.
 
-    How much one counts lies in its key: a weight of its own was no better, and would need a bias in the attention call.
+    m_j = e_j + g_j * sum_n softmax_n(s <x_n, w_j> / sqrt(C)) x_n, linear in the number of tokens; attention to a few
+    learned questions as in inducing points (arXiv 1810.00825). How much a token counts lies in its key: a weight of its
+    own was no better, and would need a bias in the attention call. Tokens that gather nothing were worth little.
     """
 
     def __init__(self, channels: int, count: int):
         super().__init__()
         self.tokens = nn.Parameter(torch.empty(count, channels))
-
-    def start(self) -> None:
-        """Tokens of unit variance, as the norm in front of the layer makes them."""
-        nn.init.normal_(self.tokens)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Tokens (B, M, C) for x (B, N, C), the same for all of a batch."""
-        return self.tokens.to(x).expand(len(x), -1, -1)
-
-
-class GatheringMemory(Memory):
-    """Memory whose tokens also hold a summary of all tokens, each by a learned question of its own.
-
-    m_j = e_j + g_j * sum_n softmax_n(s <x_n, w_j> / sqrt(C)) x_n, linear in the number of tokens; attention to a few
-    learned questions as in inducing points (arXiv 1810.00825).
-    """
-
-    def __init__(self, channels: int, count: int):
-        super().__init__(channels, count)
         self.questions = nn.Parameter(torch.empty(count, channels))
         self.gains = nn.Parameter(torch.empty(count, channels))
 
     def start(self) -> None:
-        """Random learned tokens and questions, and summaries at full strength."""
-        super().start()
+        """Tokens of unit variance, as the norm in front of the layer makes them; summaries at full strength."""
+        nn.init.normal_(self.tokens)
         nn.init.normal_(self.questions)
         nn.init.ones_(self.gains)
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .hybrid import HybridSite
-from .memory import SHARPNESS, GatheringMemory, Memory
+from .memory import SHARPNESS, Memory
 from .routing import ContextPlan
 
 
@@ -65,13 +65,11 @@ def list_keys(site: HybridSite, x: Tensor, emb: Tensor, plan: ContextPlan) -> tu
 
 
 def list_memory(memory: Memory, x: Tensor) -> list[Tensor]:
-    """Memory tokens (C,), each with its own weighted mean of x (N, C) where the memory gathers."""
+    """Memory tokens (C,), each with its own weighted mean of x (N, C)."""
     tokens = []
     for m, token in enumerate(memory.tokens):
-        if isinstance(memory, GatheringMemory):
-            mass = (SHARPNESS * (x @ memory.questions[m]) / x.shape[-1] ** 0.5).exp()
-            token = token + memory.gains[m] * (mass[:, None] * x).sum(0) / mass.sum()
-        tokens.append(token)
+        mass = (SHARPNESS * (x @ memory.questions[m]) / x.shape[-1] ** 0.5).exp()
+        tokens.append(token + memory.gains[m] * (mass[:, None] * x).sum(0) / mass.sum())
     return tokens
 
 

@@ -120,6 +120,7 @@ def change_config(**values) -> str:
         change_config(mode="best"),
         change_config(mode={}),
         change_config(gather="yes"),
+        change_config(blend="yes"),
         change_config(memory="9" * 5000),
         '{"memory": ' + "9" * 5000 + "}",
     ],

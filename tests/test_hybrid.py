@@ -10,7 +10,7 @@ from torch import nn
 
 from dha.config import ConfigError, DHAConfig
 from dha.hybrid import HybridSite
-from dha.memory import GatheringMemory, Memory
+from dha.memory import Memory
 from dha.patch import plain_attention
 from dha.reference import attend_hybrid
 from dha.routing import ContextPlan, plan_context
@@ -32,13 +32,12 @@ def attend_fast(site, layer, x, emb, plan):
     return site(SimpleNamespace(**dict(layer.items())), plain_attention, x, emb, plan, HEADS)
 
 
-FULL = {"memory": 5, "rank": 4, "router_width": 8, "local": 6, "blend": True, "gather": True}
+FULL = {"memory": 5, "rank": 4, "router_width": 8, "local": 6, "blend": True}
 SETTINGS = {
     "all parts": FULL,
     "grid alone": {},
     "grid and router": {"router_width": 8},
     "grid and memory": {"memory": 3},
-    "grid and gathering memory": {"memory": 3, "gather": True},
 }
 
 
@@ -89,15 +88,14 @@ def test_stride_one_grid_is_plain_attention():
     torch.testing.assert_close(fast, plain, atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("kind,follows", [(Memory, False), (GatheringMemory, True)])
-def test_gathering_memory_follows_the_picture_in_any_order_of_its_tokens(kind, follows):
+def test_memory_follows_the_picture_in_any_order_of_its_tokens():
     torch.manual_seed(0)
-    memory = kind(CHANNELS, 5)
+    memory = Memory(CHANNELS, 5)
     memory.start()
     x, other = torch.randn(2, 63, CHANNELS), torch.randn(2, 63, CHANNELS)
     with torch.no_grad():
         assert memory(x).shape == (2, 5, CHANNELS)
-        assert torch.equal(memory(x), memory(other)) != follows
+        assert not torch.equal(memory(x), memory(other))
         torch.testing.assert_close(memory(x[:, torch.randperm(63)]), memory(x))
 
 
@@ -156,3 +154,7 @@ def test_a_retired_setting_is_passed_over_where_it_changed_nothing_and_refused_e
     assert DHAConfig.from_json(json.dumps({**values, "weighted": False})) == DHAConfig(memory=3)
     with pytest.raises(ConfigError, match="unknown DHA setting.*weighted"):
         DHAConfig.from_json(json.dumps({**values, "weighted": True}))
+    assert DHAConfig.from_json(json.dumps({**values, "gather": True})) == DHAConfig(memory=3)
+    assert DHAConfig.from_json(json.dumps({**values, "memory": 0, "gather": False})) == DHAConfig()
+    with pytest.raises(ConfigError, match="unknown DHA setting.*gather"):
+        DHAConfig.from_json(json.dumps({**values, "gather": False}))

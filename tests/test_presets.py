@@ -118,7 +118,7 @@ def test_a_layer_that_does_not_pay_is_handed_back_untouched():
 
 def test_no_layer_asks_the_device_for_a_number():
     """Everything of a layer runs on `meta`, where nothing can be read back, in eager and with every trained part."""
-    config = DHAConfig(levels=(0,), memory=4, rank=4, router_width=8, local=8, blend=True, gather=True)
+    config = DHAConfig(levels=(0,), memory=4, rank=4, router_width=8, local=8, blend=True)
     with torch.device("meta"):
         student = Student(config, FULL_SIZE)
         n, emb = torch.randn(2, 256, 320), torch.randn(2, 1280)

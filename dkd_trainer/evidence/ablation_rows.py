@@ -58,7 +58,7 @@ def list_part_rows(student: DHAConfig, preset: str) -> list[TrainedRow]:
         "no router": replace(student, router_width=0),
         "no local branch": replace(student, local=0),
         "no blend": replace(student, blend=False),
-        "memory without gathering": replace(student, gather=not student.gather),
+        "twice the memory": replace(student, memory=2 * student.memory),
         "deltas alone": replace(student, router_width=0, memory=0, local=0, blend=False),
         "deltas q, k, v": replace(student, deltas=("q", "k", "v")),
         "deltas k, v, out": replace(student, deltas=("k", "v", "out")),

@@ -25,7 +25,7 @@ def count_cost(config: DHAConfig, side: int, channels: int) -> int:
     rows = {"q": tokens, "k": keys, "v": keys, "out": tokens}
     deltas = sum(2 * rows[name] * channels * config.rank for name in config.deltas if config.rank)
     local = tokens * config.local * (2 * channels + REACH**2)
-    gathering = 2 * tokens * config.memory * channels * config.gather
+    gathering = 2 * tokens * config.memory * channels
     projections = sum(rows.values()) * channels**2
     return projections + deltas + local + gathering + 2 * tokens * keys * channels + routed * tokens * channels
 
