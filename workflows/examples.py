@@ -17,7 +17,7 @@ REAL = """**With the real SD-2.1:** put `v2-1_512-ema-pruned.safetensors` or `v2
 `levels` to `auto`. Choose a student of that checkpoint in *Load DHA Student*; without one, delete that node:
 *Apply DHA* then works training-free."""
 # Whatever the size; `auto` is for the real model, whose small pictures it leaves to plain attention, which is faster.
-EVERYWHERE = {"levels": "two finest"}
+EVERYWHERE = {"levels": "two finest", "preset": "balanced"}
 TITLES = {"2": "Positive prompt", "3": "Negative prompt"}
 START = [["1", "5"], ["2", "3"], ["6", "4"]]
 
@@ -73,7 +73,7 @@ there is nothing to save.
 For the real model set `sizes` to `512, 768, 1024`; where a layer would get no faster, `auto` leaves it as it is."""
     graph = prepare(CHECKPOINT, TREES)
     del graph["4"]
-    patched = add_student(graph, STUDENT, {})
+    patched = add_student(graph, STUDENT, {"preset": "balanced"})
     conditions = {"positive": ["2", 0], "negative": ["3", 0]}
     settings = {"sizes": "128, 256, 512", "steps": 1, "repeats": 3, "cfg": TREES.cfg}
     graph["7"] = node("DHABenchmark", original=["1", 0], student=patched, **conditions, **settings)
@@ -142,7 +142,8 @@ purple nodes and press Ctrl+B."""
 def make_routing_map() -> Example:
     note = f"""## What does the router look at?
 *DHA Routing Map* draws a picture and shows at every step which tokens the router kept: orange where it chose one, dots
-where the fixed grid answers anyway. {MINI}"""
+where the fixed grid answers anyway. It shows the steps that DHA takes: the preset leaves the last ones to the original.
+{MINI}"""
     graph = prepare(CHECKPOINT, TREES)
     patched = add_student(graph, STUDENT, EVERYWHERE)
     settings = TREES.sampling(["4", 0])

@@ -63,7 +63,8 @@ def compare_prompts(
     """Run the compare graph for every prompt; raises ServerError."""
     info = server.get("/object_info")
     for number, prompt in enumerate(prompts, start=1):
-        graph = fill_defaults(compare(checkpoint, Picture(prompt, steps=steps, seed=number), student), info)
+        picture = Picture(prompt, steps=steps, seed=number)
+        graph = fill_defaults(compare(checkpoint, picture, student, preset="balanced"), info)
         outcome = GraphBar(graph, f"  {number}/{len(prompts)} {prompt[:48]:<48}").run(server, 300)
         pictures = [server.fetch(outcome.images(node)[0]) for node in ("10", "11", "13")]
         yield Comparison(prompt, json.loads(outcome.text("12")), *pictures)
