@@ -1,7 +1,6 @@
 """A student in the UNet of a host without ComfyUI's patches, by torch's hooks; taken off, it leaves nothing behind."""
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +10,7 @@ from .presets import Preset
 from .sites import SITES, Site
 from .student import Student
 
-TIME = "timesteps"  # key in our options for those of the running forward
+OURS = "dha_ours"  # key in our options for whether the running forward is one that we shorten
 
 
 def attach(
@@ -22,7 +21,8 @@ def attach(
     The modules of `unet` are named and called as in Stable Diffusion's published code. Calls of a self-attention with a
     context of somebody else's making, or with tokens that were merged, are left to the layer itself.
     """
-    active = None if spending.end == 1 or student.config.mode == "official" else partial(is_before, spending)
+    ends = spending.end < 1 and student.config.mode == "hybrid"
+    active = (lambda options: options[OURS]) if ends else None
     patches = make_patches(
         student, plain_attention, spending.token_budget, None, active, max_tokens=spending.max_tokens, pays=pays
     )
@@ -33,10 +33,11 @@ def attach(
             student.to(emb.device, emb.dtype)
         patches.emb(emb, 0, options)
 
-    def note_time(_module, inputs: tuple, named: dict) -> None:
-        options[TIME] = named["timesteps"] if "timesteps" in named else inputs[1]
+    def ask_ahead(_module, inputs: tuple, named: dict) -> None:
+        timesteps = named["timesteps"] if "timesteps" in named else inputs[1]
+        options[OURS] = timesteps[0].item() >= spending.least_timestep
 
-    restore = [unet.register_forward_pre_hook(note_time, with_kwargs=True).remove]
+    restore = [unet.register_forward_pre_hook(ask_ahead, with_kwargs=True).remove] if ends else []
     restore.append(unet.time_embed.register_forward_hook(begin).remove)
     for site in SITES:
         if site.block in patches.blocks:
@@ -55,11 +56,6 @@ def attach(
         options.clear()  # a forward of ours that somebody wrapped in the meantime does nothing from now on
 
     return take_off
-
-
-def is_before(spending: Preset, options: dict) -> bool:
-    """Whether the running step, at timesteps (B,) from 999 to 0, comes before what the preset leaves exact."""
-    return options[TIME][0].item() >= spending.least_timestep
 
 
 def note_size(options: dict, site: Site) -> Callable:

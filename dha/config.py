@@ -87,8 +87,7 @@ class DHAConfig:
             raise ConfigError(f"the DHA configuration is not JSON: {error}") from error
         if not isinstance(values, dict):
             raise ConfigError(f"the DHA configuration is {type(values).__name__}, expected an object")
-        empty = {} if values.get("memory") else {"gather": False}  # without memory tokens nothing gathers
-        values = {k: v for k, v in values.items() if v is not RETIRED.get(k, ...) and v is not empty.get(k, ...)}
+        values = drop_retired(values)
         known = {field.name for field in dataclasses.fields(cls)}
         if unknown := sorted(set(values) - known):
             raise ConfigError(f"unknown DHA setting(s) {unknown}; known are {sorted(known)}")
@@ -96,6 +95,19 @@ class DHAConfig:
             return cls(**values)
         except TypeError as error:
             raise ConfigError(f"a DHA setting has the wrong type: {error}") from error
+
+
+def drop_retired(values: dict) -> dict:
+    """Settings of a file without those that are gone, where they had the only value that still counts.
+
+    Where there is no memory none gathers, whatever the file says. Raises ConfigError for memory that is to gather
+    nothing.
+    """
+    kept = {name: value for name, value in values.items() if value is not RETIRED.get(name, ...)}
+    if kept.get("gather") is False:
+        require(not kept.get("memory"), "gather", False, "true: memory tokens that gather nothing are gone; train anew")
+        del kept["gather"]
+    return kept
 
 
 def require(holds: bool, name: str, found: object, expected: str) -> None:

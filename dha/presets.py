@@ -5,10 +5,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Preset:
-    """A share of the tokens that become keys, the most there are, and the share of the sampling before the exact rest.
+    """A share of the tokens that become keys, the most there are, and the share of the schedule before the exact rest.
 
     From `max_tokens` on a layer's cost is linear; without it the student's own cap holds. Behind `end`, 1 for never,
-    the model is left as it is: in the last steps it draws detail, where a short context errs most.
+    the model is left as it is: in the last steps it draws detail, where a short context errs most. As ComfyUI's
+    `end_percent` it counts timesteps: samplings whose steps crowd at the end, or that begin late, have more exact ones.
     """
 
     token_budget: float
@@ -18,11 +19,21 @@ class Preset:
     @property
     def least_timestep(self) -> float:
         """The last timestep, of 999 to 0, before the exact rest."""
-        return 999 * (1 - self.end)
+        return find_timestep(self.end)
 
     def relate_sampling(self, step: float) -> float:
-        """Time of a whole sampling relative to the unpatched model's, from that of one shortened `step`."""
-        return self.end * step + 1 - self.end
+        """Time of a sampling in even steps, as a share of the unpatched model's, from that of one shortened `step`."""
+        return mix_steps(self.end, step, 1.0)
+
+
+def find_timestep(end: float) -> float:
+    """The timestep, of 999 to 0, at a share `end` of the schedule."""
+    return 999 * (1 - end)
+
+
+def mix_steps(end: float, shortened: float, exact: float) -> float:
+    """The mean over even steps of which a share `end` is `shortened`."""
+    return end * shortened + (1 - end) * exact
 
 
 # The caps are reached at 1024x1024: 16384 tokens at the finest level.

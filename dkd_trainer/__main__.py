@@ -2,7 +2,6 @@
 
 import argparse
 import importlib
-import json
 import sys
 from pathlib import Path
 
@@ -123,9 +122,6 @@ def train(settings: Settings, dry_run: bool) -> None:
             open_pairs(source, teacher, settings, not processes.is_first) if source else None
             for source in (settings.data.path, settings.data.held_out)
         ]
-        processes.require_same("data (pairs, hash)", corpora[0].identity)
-        processes.require_same("the teacher", teacher.fingerprint)
-        processes.require_same("settings", json.dumps(settings.describe_run()))
         if processes.is_first:
             print(f"{corpora[0].describe()}; {teacher.architecture.label}, {teacher.prediction} prediction")
         kind(teacher, corpora[0], settings, processes, corpora[1]).run()

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from dha.config import DHAConfig
+from dha.config import DHAConfig, drop_retired
 
 from .fields import SettingsError, build, choice, merge, nest, real, reals, switch, text, texts, to_toml, whole
 from .host import ROOT
@@ -256,6 +256,8 @@ def assemble_settings(
     for name, value in overrides:
         over = merge(over, nest(name, value))
     given = merge(tables, over)
+    if isinstance(given.get("student"), Mapping):
+        given = {**given, "student": drop_retired(dict(given["student"]))}
     base = merge(default_tables(), read_preset(preset, is_steered(given)) if preset else {})
     return build(Settings, {**merge(base, given), "preset": preset})
 

@@ -97,7 +97,7 @@ class ApplyDHA(io.ComfyNode):
         cls, model, levels, token_budget, start_percent, end_percent, student=None, preset=CUSTOM
     ) -> io.NodeOutput:
         spending = PRESETS.get(preset, Preset(token_budget, max_tokens=None))
-        if spending.token_budget == 0 or start_percent >= min(end_percent, spending.end):
+        if spending.token_budget == 0 or start_percent >= end_percent:
             return io.NodeOutput(model)
         return io.NodeOutput(apply_student(model, student, LEVELS[levels], spending, start_percent, end_percent))
 
@@ -127,6 +127,8 @@ def apply_student(model, loaded: LoadedStudent | None, levels, spending: Preset,
     patched = model.clone()
     if student.config.mode == "hybrid":
         end = min(end, spending.end)
+        if start >= end:
+            return model
     active = None if (start, end) == (0.0, 1.0) else ask_ahead(patched, make_window(model, start, end))
     pays = find_payoff(model).pays if levels is None else None
     settings = (spending.token_budget, levels, active, frozenset(taken), spending.max_tokens, pays)

@@ -40,7 +40,7 @@ def describe_presets(measured: dict[str, Any]) -> str:
     for name, preset in PRESETS.items():
         line = f"{name}: {100 * preset.token_budget:.4g} % of the tokens, at most {preset.max_tokens}"
         if preset.end < 1:
-            line += f", all of them in the last {100 * (1 - preset.end):.3g} % of the sampling"
+            line += f", all of them in the last {100 * (1 - preset.end):.3g} % of the schedule"
         figures = measured["presets"].get(name, {})
         if steps := figures.get("speed"):
             speeds = {size: 1 / preset.relate_sampling(1 / speedup) for size, speedup in steps.items()}

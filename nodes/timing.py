@@ -1,7 +1,7 @@
 """Sampling as the core KSampler does it, timed and weighed without loading, text encoding or decoding."""
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import Any
 
@@ -11,6 +11,8 @@ import torch
 from comfy.patcher_extension import WrappersMP
 
 from .memory import count_weights, watch_peak
+
+WARM_UP = 2  # steps of a whole schedule: its first and its last
 
 
 @dataclass
@@ -80,8 +82,8 @@ class Sampling:
     negative: list
     denoise: float
 
-    def run(self, model, latent: dict, callback, last_step: int | None = None) -> torch.Tensor:
-        """Sample as the core KSampler does, up to `last_step`; (B, C, H, W)."""
+    def run(self, model, latent: dict, callback) -> torch.Tensor:
+        """Sample as the core KSampler does; (B, C, H, W)."""
         samples = comfy.sample.fix_empty_latent_channels(model, latent["samples"])
         # Drawn anew for every run: it seeds the global generator too, which some samplers draw from.
         noise = comfy.sample.prepare_noise(samples, self.seed, latent.get("batch_index"))
@@ -96,23 +98,26 @@ class Sampling:
             self.negative,
             samples,
             denoise=self.denoise,
-            last_step=last_step,
             noise_mask=latent.get("noise_mask"),
             callback=callback,
-            disable_pbar=last_step is not None or not comfy.utils.PROGRESS_BAR_ENABLED,
+            disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
             seed=self.seed,
         )
 
 
 def count_steps(sampling: Sampling, models: int, repeats: int) -> int:
     """By how much `time_both` advances its progress bar."""
-    return models * (1 + repeats * sampling.steps)
+    return models * (WARM_UP + repeats * sampling.steps)
 
 
 def time_both(
     sampling: Sampling, models: dict[str, Any], latent: dict, repeats: int, progress: comfy.utils.ProgressBar
 ) -> tuple[dict[str, torch.Tensor], dict[str, Laps]]:
-    """Run the models in turn `repeats` times after one uncounted step each; their samples and their laps by name."""
+    """Run the models in turn `repeats` times; their samples and their laps by name.
+
+    Before that each takes a first and a last step uncounted: Apply DHA may leave the last ones exact, which take more
+    memory, and under torch.compile are code of their own.
+    """
     watched = {name: attach_stopwatch(model) for name, model in models.items()}
 
     # No preview: it would be timed. The update is where ComfyUI stops the run when the user cancels.
@@ -120,7 +125,7 @@ def time_both(
         progress.update(1)
 
     for timed, _ in watched.values():
-        sampling.run(timed, latent, advance, last_step=1)
+        replace(sampling, steps=WARM_UP, denoise=1.0).run(timed, latent, advance)
     samples = {}
     for _ in range(repeats):
         for name, (timed, _) in watched.items():

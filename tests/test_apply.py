@@ -13,7 +13,6 @@ from conftest import ROOT, TRAINED, relate
 
 from dha.checkpoint import load_student
 from dha.patch import make_patches, plain_attention
-from dha.peak import LiveTensors
 
 LATENT_SIZES = {"square": (128, 128), "wide": (192, 128), "odd": (136, 88), "tall": (64, 256)}
 
@@ -232,51 +231,6 @@ def test_precisions(studio, student, dtype):
     exact, drawn = studio.draw(loaded[0]), studio.draw(studio.apply(loaded[0], student=student))
     assert 1e-3 < relate(drawn, exact) < 5
     assert relate(studio.draw(studio.apply(loaded[0], student=student, budget=1.0)), exact) < 1e-5
-
-
-PRESETS = [("quality", 0.25, 0.7), ("balanced", 0.125, 0.9), ("fast", 0.0625, 1.0)]
-
-
-def apply_preset(studio, student, preset, start=0.0, end=1.0):
-    settings = {"levels": "auto", "token_budget": 0.3, "start_percent": start, "end_percent": end}
-    return studio.call("ApplyDHA", model=studio.model, **settings, student=student, preset=preset)
-
-
-@pytest.mark.parametrize(("preset", "budget", "end"), PRESETS)
-def test_preset_takes_the_place_of_the_budget_and_has_an_end_of_its_own(studio, student, preset, budget, end):
-    own = studio.apply(student=student, budget=budget, end=end)
-    named = apply_preset(studio, student, preset)
-    assert torch.equal(studio.draw(named, steps=10), studio.draw(own, steps=10))
-    if end < 1:
-        assert relate(studio.draw(named, steps=10), studio.draw(studio.apply(student=student, budget=budget), steps=10))
-
-
-def test_an_earlier_end_or_a_later_start_than_the_presets_counts(studio, student):
-    earlier, own = apply_preset(studio, student, "balanced", end=0.5), studio.apply(student=student, end=0.5)
-    assert torch.equal(studio.draw(earlier, steps=4), studio.draw(own, steps=4))
-    assert apply_preset(studio, student, "quality", start=0.7) is studio.model
-
-
-def test_graphs_from_before_the_presets_mean_what_they_meant(studio):
-    """The new input comes last and is optional; its default is what the stored token budget says."""
-    node = studio.host.nodes.NODE_CLASS_MAPPINGS["ApplyDHA"]
-    inputs = node.INPUT_TYPES()
-    assert list(inputs["required"]) == ["model", "levels", "token_budget", "start_percent", "end_percent"]
-    assert list(inputs["optional"]) == ["student", "preset"]
-    kind, options = inputs["optional"]["preset"]
-    assert options["default"] == "custom" and "balanced: 12.5 % of the tokens" in options["tooltip"]
-
-
-@pytest.mark.parametrize("side", [256, 384])
-def test_the_peak_of_memory_grows_by_no_more_than_the_students_own_size(studio, student, side):
-    own = sum(weight.nbytes for weight in student.patcher.model.parameters())
-    peaks = []
-    for model in (studio.model, studio.apply(student=student)):
-        studio.draw(model, size=(side, side), steps=1)
-        with LiveTensors() as live:
-            studio.draw(model, size=(side, side), steps=1)
-        peaks.append(live.highest)
-    assert peaks[1] <= peaks[0] + own
 
 
 class CountedSigmas(torch.Tensor):

@@ -6,7 +6,15 @@ import pytest
 import torch
 
 from dkd_trainer.evidence import charts
-from dkd_trainer.evidence.report import Report, choose_shown, compare_at_equal_time, shorten, write_report
+from dkd_trainer.evidence.report import (
+    Report,
+    choose_shown,
+    compare_at_equal_time,
+    list_tables,
+    shorten,
+    to_document,
+    write_report,
+)
 from dkd_trainer.evidence.summary import judge_null_band, summarise
 
 pytest.importorskip("efficientnet_lite_pytorch", reason="picture features come with the extra `train`")
@@ -61,6 +69,21 @@ def test_peers_are_compared_at_the_same_time_or_more():
     assert (found["peers"], found["best"], found["better_than_best"]) == (1, "slow peer", True)
 
 
+def test_what_stops_early_is_compared_by_its_pictures_alone():
+    """By error it would win whole bands of timesteps for less than that many steps."""
+    report = make_report()
+    report.rows["ours"] |= {"error 0-100": 0.0, "error mean": 0.05}
+    times = report.timing[0]["subjects"]
+    assert compare_at_equal_time(report, times) == {}
+    for name, distance in {"ours": 0.02, "slow peer": 0.03, "slower peer": 0.01, "fast peer": 0.5}.items():
+        report.rows[name]["perceptual"] = distance
+    found = compare_at_equal_time(report, times)["ours"]
+    assert (found["best"], found["better_than_best"]) == ("slower peer", False)
+    (_, head, cells), *_ = [table for table in list_tables(report, to_document(report)) if "UNet step" in table[0]]
+    assert head[-1].endswith("by perceptual distance")
+    assert dict(zip(head, cells[2], strict=True))["perceptual"] == "0.030"
+
+
 def test_peers_that_are_no_faster_than_the_teacher_are_told_apart():
     report = make_report()
     times = report.timing[0]["subjects"]
@@ -89,6 +112,16 @@ def test_the_difference_shown_is_of_the_student_at_its_own_budget():
     assert title == "4 x difference, ours, 12.5 %" and difference.unique().tolist() == [4 * 3]
     report.shown = ["ours, 25 %"]
     assert choose_shown(report) == "ours, 50 %", "its own budget was not measured"
+
+
+def test_with_presets_a_published_student_is_still_the_one_shown():
+    report = make_report()
+    names = ["teacher", "ours, 12.5 %", "ours, preset fast", "published"]
+    report.sheet = [(name, torch.full((3, 3, 8, 8), n, dtype=torch.uint8)) for n, name in enumerate(names)]
+    report.ours, report.shown = set(names[1:]), ["published"]
+    *rows, (title, difference) = shorten(report)
+    assert [name for name, _ in rows] == ["teacher", "ours, preset fast"]
+    assert title == "4 x difference, published" and difference.unique().tolist() == [4 * 3]
 
 
 def test_the_page_says_which_students_file_was_measured(tmp_path):

@@ -217,5 +217,15 @@ def test_every_host_package_has_one_version_on_each_python(install, left_out):
 @pytest.mark.parametrize(("cores", "workers", "threads"), [(1, None, None), (2, 2, 1), (3, 3, 1), (16, 4, 4)])
 def test_the_whole_suite_is_spread_over_the_cores(install, cores, workers, threads):
     options, environment = install.share_cores(cores)
-    assert options[1:2] == ([str(workers)] if workers else [])
+    assert options == (["-n", str(workers), "--dist", "loadfile"] if workers else [])
     assert environment == ({"OMP_NUM_THREADS": str(threads)} if workers else {})
+
+
+@pytest.mark.parametrize("chosen", [[], ["--", "tests/test_hybrid.py"]])
+def test_chosen_tests_run_in_one_process(install, chosen, monkeypatch, tmp_path):
+    ran = []
+    monkeypatch.setattr(install, "run_set_up", lambda options: tmp_path)
+    monkeypatch.setattr(install, "run_in_venv", lambda module, options, host, **more: ran.append((module, options)))
+    monkeypatch.setattr(install.os, "cpu_count", lambda: 2)
+    install.main(["--test", *chosen])
+    assert ran == [("pytest", chosen[1:] or ["-n", "2", "--dist", "loadfile"])]

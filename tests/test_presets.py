@@ -144,7 +144,7 @@ def test_a_presets_speed_in_the_tooltip_is_that_of_a_whole_sampling(measured):
     preset = PRESETS["balanced"]
     assert preset.end == 0.9 and preset.relate_sampling(0.5) == pytest.approx(0.55)
     line = measured.describe_presets({"presets": {"balanced": {"speed": {"768": 2.0}}}}).splitlines()[1]
-    assert "all of them in the last 10 % of the sampling" in line and line.endswith("768 1.82x")
+    assert "all of them in the last 10 % of the schedule" in line and line.endswith("768 1.82x")
 
 
 @pytest.mark.parametrize("content", [None, "{", "[]", '{"format": "other"}'])

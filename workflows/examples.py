@@ -70,10 +70,11 @@ def make_compare_speed() -> Example:
 picture, the more self-attention costs and the more DHA saves. Cancel stops it at the next step. {MINI} At its own size
 there is nothing to save.
 
-For the real model set `sizes` to `512, 768, 1024`; where a layer would get no faster, `auto` leaves it as it is."""
+For the real model set `sizes` to `512, 768, 1024`; where a layer would get no faster, `auto` leaves it as it is. One
+step tells all of the preset `fast`; for the others, which leave the last steps to the original, set `steps` to 10."""
     graph = prepare(CHECKPOINT, TREES)
     del graph["4"]
-    patched = add_student(graph, STUDENT, {"preset": "balanced"})
+    patched = add_student(graph, STUDENT, {"preset": "fast"})
     conditions = {"positive": ["2", 0], "negative": ["3", 0]}
     settings = {"sizes": "128, 256, 512", "steps": 1, "repeats": 3, "cfg": TREES.cfg}
     graph["7"] = node("DHABenchmark", original=["1", 0], student=patched, **conditions, **settings)
@@ -86,7 +87,8 @@ def make_img2img() -> Example:
     note = f"""## Image to image
 The picture of the first *KSampler* is drawn anew after another prompt. {MINI}
 
-For a picture of your own put *Load Image* in place of the first *VAE Decode*. `denoise` says how much of it changes."""
+For a picture of your own put *Load Image* in place of the first *VAE Decode*. `denoise` says how much of it changes.
+The less that is, the more steps `balanced` and `quality` leave to the original; `fast` leaves none."""
     graph = draw_with_student(CHECKPOINT, OWL, STUDENT, **EVERYWHERE)
     graph["9"] = node("PreviewImage", images=["8", 0])
     graph["10"] = node("VAEEncode", pixels=["8", 0], vae=["1", 2])
@@ -103,11 +105,12 @@ For a picture of your own put *Load Image* in place of the first *VAE Decode*. `
 def make_hires_fix() -> Example:
     note = f"""## Draw small, then refine large
 The first *KSampler* settles what is where at the size that the model was trained for, the second draws the details at
-twice that size. Most of the time goes into the second, and there DHA saves most. {MINI} It was trained at 128x128 only,
+twice that size. Most of the time goes into the second, and there DHA saves most; the preset is `fast`, as the others
+leave the last steps, a large part of the second *KSampler*'s, to the original. {MINI} It was trained at 128x128 only,
 so its 256x256 is a test of the graph, not of the picture.
 
 For the real model set the empty latent to 512x512 and the second size to 1024x1024 or more."""
-    graph = draw_with_student(CHECKPOINT, TREES, STUDENT, **EVERYWHERE)
+    graph = draw_with_student(CHECKPOINT, TREES, STUDENT, **{**EVERYWHERE, "preset": "fast"})
     graph["9"] = node("PreviewImage", images=["8", 0])
     size = {"width": 2 * TREES.width, "height": 2 * TREES.height}
     graph["10"] = node("LatentUpscale", samples=["7", 0], upscale_method="bicubic", **size, crop="disabled")

@@ -186,6 +186,7 @@ class Training:
     def run(self) -> Student:
         """All steps that are left, then the files."""
         settings, watch = self.settings, self.settings.watch
+        self.processes.require_same(self.describe())
         if self.processes.is_first:
             settings.work.mkdir(parents=True, exist_ok=True)
         first = self.restore()

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..fields import SettingsError
 from ..settings import TrainSettings
+from .state import list_differences
 
 PATIENCE = timedelta(hours=2)  # the others wait while the first encodes pictures or draws sheets
 
@@ -73,16 +74,16 @@ class Processes:
 
         return broadcast_object_list([value])[0]
 
-    def require_same(self, what: str, value: str) -> None:
-        """Raise SettingsError, on all processes, unless `value` is the same: hosts may have files of their own."""
+    def require_same(self, run: dict[str, Any]) -> None:
+        """Raise SettingsError, on all processes, unless all describe the same run: hosts may have their own files."""
         if self.count == 1:
             return
         from accelerate.utils import gather_object
 
-        found = gather_object([value])
-        other = next((place for place, given in enumerate(found) if given != found[0]), None)
-        if other is not None:
-            raise SettingsError(
-                f"the first process has {what} {found[0]!r}, process {other} has {found[other]!r}, expected the same; "
-                "give all hosts the same files and settings"
-            )
+        first, *others = gather_object([run])
+        for place, other in enumerate(others, start=1):
+            if differences := list_differences(first, other):
+                raise SettingsError(
+                    f"process {place} has another run than the first one, where {'; '.join(differences[:3])}; give all "
+                    "hosts the same files and settings"
+                )

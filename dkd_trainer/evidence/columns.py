@@ -17,6 +17,7 @@ class Column(NamedTuple):
 
 
 ERROR = Column("error", "error mean", ".4f")
+PERCEPTUAL = Column("perceptual", "perceptual", ".3f")
 QUALITY = (
     Column("training s", "train_seconds", ".0f"),
     Column("steps", "train_steps", ".0f"),
@@ -25,7 +26,7 @@ QUALITY = (
     Column("latents", "latent_error", ".3f"),
     Column("PSNR", "psnr", ".1f"),
     Column("SSIM", "ssim", ".3f"),
-    Column("perceptual", "perceptual", ".3f"),
+    PERCEPTUAL,
     Column("LPIPS", "lpips", ".3f"),
     Column("KID", "kid_x1e3", ".1f"),
     Column("change", "kid_change_x1e3", "+.1f"),

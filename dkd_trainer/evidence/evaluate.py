@@ -24,15 +24,26 @@ def read_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace
         "--budgets", type=float, nargs="+", help="shares of the tokens that become keys (each student's own)"
     )
     parser.add_argument(
-        "--ends", type=float, nargs="+", default=[], help="shares of the sampling before an exact rest, at own budgets"
+        "--ends", type=read_end, nargs="+", default=[], help="shares of the schedule before an exact rest, own budgets"
     )
     parser.add_argument("--presets", action="store_true", help="the presets of Apply DHA as well")
     parser.add_argument("--no-peers", action="store_true", help="students and the null band alone")
     return parser.parse_args(arguments)
 
 
+def read_end(text: str) -> float:
+    """A share of the schedule; raises ArgumentTypeError outside (0, 1)."""
+    try:
+        end = float(text)
+    except ValueError:
+        end = 0.0
+    if not 0 < end < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}, expected a share of the schedule between 0 and 1")
+    return end
+
+
 def list_subjects(args: argparse.Namespace, comparison: Comparison) -> list[Subject]:
-    """The null band, DHA at every budget, and the peers at the levels of the first student; raises ValueError."""
+    """The null band, DHA at every budget, end and preset, and peers at the first student's levels; or ValueError."""
     students = read_students(args.students, comparison.teacher)
     subjects = list_null_band(args.steps, comparison.teacher.device)
     subjects += list_students(students, args.budgets, args.ends, args.presets)

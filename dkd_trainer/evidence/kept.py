@@ -21,6 +21,7 @@ DHA = (
     "memory",
     "official",
     "patch",
+    "presets",
     "routing",
     "sites",
     "student",

@@ -2,7 +2,7 @@
 
 import base64
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from dha.whole_file import write_whole
 
 from ..diffusion import TIME_BANDS
 from .charts import Point, draw_points, draw_sheet
-from .columns import ERROR, FREQUENCIES, QUALITY, TIMESTEPS, tabulate, write_figure
+from .columns import ERROR, FREQUENCIES, PERCEPTUAL, QUALITY, TIMESTEPS, Column, tabulate, write_figure
 from .summary import Row, judge_null_band
 
 FORMAT = "dha-evaluation"
@@ -67,13 +67,25 @@ def to_document(report: Report) -> dict:
     }
 
 
+def choose_figure(rows: dict[str, Row], names: Iterable[str]) -> tuple[Column, dict[str, float]]:
+    """By what subjects are compared, and their values: the pictures' distance, without it the prediction's error.
+
+    By error what stops before the end is left out: where it is exact it would win whole bands of timesteps for less
+    than that many steps. What has neither is the teacher.
+    """
+    found = {name: rows[name] for name in names if rows[name].get("error mean")}
+    if all("perceptual" in row for row in found.values()):
+        return PERCEPTUAL, {name: row["perceptual"] for name, row in found.items()}
+    return ERROR, {name: row["error mean"] for name, row in found.items() if row.get("error 0-100") != 0}
+
+
 def compare_at_equal_time(report: Report, times: dict[str, dict]) -> dict[str, dict]:
     """For every form of DHA, the `best` of the peers that take at least as long a step; empty without any peers.
 
     `best_faster` is the best of those that are still faster than the teacher, which is exact at its own time. Times are
     relative to the teacher's in the same round, which a machine's moods disturb least.
     """
-    errors = {name: report.rows[name]["error mean"] for name in times if "error mean" in report.rows[name]}
+    _, errors = choose_figure(report.rows, times)
     peers = sorted(set(errors) - report.ours)
     found = {}
     for name in (name for name in errors if name in report.ours and peers):
@@ -115,23 +127,26 @@ def tabulate_time(report: Report, timing: dict, equal: dict[str, dict]) -> tuple
         f"batch {timing['batch']}, {timing['rounds']} rounds in turn; the mean over a sampling where DHA stops before "
         "its end"
     )
-    head = ["", "ms a step", "quartiles", "relative", "attention pairs", "error", "best peer at this time or more"]
+    by, _ = choose_figure(report.rows, timing["subjects"])
+    best = f"best peer at this time or more, by {'error' if by is ERROR else 'perceptual distance'}"
+    head = ["", "ms a step", "quartiles", "relative", "attention pairs", "error", "perceptual", best]
     cells = []
     for name, t in sorted(timing["subjects"].items(), key=lambda item: item[1]["relative"]):
         quartiles = f"{1e3 * t['q1']:.4g} to {1e3 * t['q3']:.4g}"
         figures = [f"{1e3 * t['seconds']:.4g}", quartiles, f"{t['relative']:.3f}", f"{t['attention_pairs']:.1%}"]
-        cells.append([name, *figures, write_figure(report.rows[name], ERROR), say_equal(equal.get(name))])
+        figures += [write_figure(report.rows[name], column) for column in (ERROR, PERCEPTUAL)]
+        cells.append([name, *figures, say_equal(equal.get(name))])
     if not equal:
         return title, head[:-1], [row[:-1] for row in cells]
     return title, head, cells
 
 
 def say_equal(against: dict | None) -> str:
-    """The last cell of a row of times: the best peers at this time or more, and who has less error."""
+    """The last cell of a row of times: the best peers at this time or more, and whether they are nearer."""
     if against is None:
         return ""
     said = [
-        f"{against[key]} has {'more' if against[f'better_than_{key}'] else 'less'} error{where}"
+        f"{against[key]} is {'farther' if against[f'better_than_{key}'] else 'nearer'}{where}"
         for key, where in (("best", ""), ("best_faster", ", of those faster than the teacher"))
         if against[key] is not None
     ]
@@ -145,15 +160,13 @@ def draw_plots(report: Report, stem: str) -> dict[str, tuple[str, bytes]]:
         f"{stem}-short.png": (name_short(report), draw_sheet(shorten(report))),
     }
     for timing in report.timing:
-        points = [
-            Point(*report.families[name], t["relative"], report.rows[name]["error mean"])
-            for name, t in timing["subjects"].items()
-            if report.rows[name].get("error mean")
-        ]
+        by, values = choose_figure(report.rows, timing["subjects"])
+        points = [Point(*report.families[n], timing["subjects"][n]["relative"], value) for n, value in values.items()]
         if points:
             size = f"{timing['size']}x{timing['size']}"
-            title = f"Error against the time of a UNet step at {size} ({timing['architecture']})"
-            png = draw_points(points, title, "time of a step, the teacher's is 1", "error of the prediction", mark=1.0)
+            what = "Error of the prediction" if by is ERROR else "Perceptual distance to the teacher"
+            title = f"{what} against the mean time of a UNet step at {size} ({timing['architecture']})"
+            png = draw_points(points, title, "time of a step, the teacher's is 1", what.lower(), mark=1.0)
             plots[f"{stem}-pareto-{timing['size']}.png"] = (title, png)
     lines = [
         Point(name, "", (low + high) / 2, report.rows[name][f"error {low}-{high}"])
@@ -183,7 +196,7 @@ def shorten(report: Report) -> list[tuple[str, Tensor]]:
     presets = [name for name in report.ours if ", preset " in name]
     rows = [row for number, row in enumerate(report.sheet) if number == 0 or row[0] in (presets or report.ours)]
     name, (_, teacher) = choose_shown(report), rows[0]
-    difference = (dict(rows)[name].int() - teacher.int()).abs().mul(4).clamp(max=255).to(teacher.dtype)
+    difference = (dict(report.sheet)[name].int() - teacher.int()).abs().mul(4).clamp(max=255).to(teacher.dtype)
     return [*rows, (f"4 x difference, {name}", difference)]
 
 

@@ -7,6 +7,8 @@ from statistics import median, quantiles
 import torch
 from tqdm import tqdm
 
+from dha.presets import mix_steps
+
 from ..host import Teacher
 from .pair_counter import PairCounter
 from .subject import Running, Subject
@@ -59,8 +61,8 @@ def time_subjects(teacher: Teacher, subjects: Sequence[Subject], size: int, batc
     found = {}
     for name, running in runs.items():
         end = running.subject.end
-        mean = [end * own + (1 - end) * first for own, first in zip(laps[name], base, strict=True)]
-        found[name] = describe(mean, base, end * pairs[name] / whole + 1 - end)
+        mean = [mix_steps(end, own, exact) for own, exact in zip(laps[name], base, strict=True)]
+        found[name] = describe(mean, base, mix_steps(end, pairs[name] / whole, 1.0))
     return found
 
 

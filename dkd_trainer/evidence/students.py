@@ -52,9 +52,7 @@ def spend_budget(budget: float) -> Spending:
 
 
 def spend_until(budget: float, end: float) -> Spending:
-    """A share of the keys in the steps before `end`, all keys in those after it; raises ValueError outside (0, 1)."""
-    if not 0 < end < 1:
-        raise ValueError(f"--ends {end:g}, expected shares of the sampling between 0 and 1")
+    """A share of the keys in the steps before `end`, all keys in those after it."""
     name = f"{spend_budget(budget).name} until {100 * end:.4g} %"
     return Spending(name, ", exact in the end", percent(end), Preset(budget, None, end))
 
@@ -87,7 +85,7 @@ def list_students(
 
 
 def training_free(levels: tuple[int, ...], spending: Spending) -> Subject:
-    """The same context without any training; `identity` is its configuration as JSON."""
+    """The same context without any training."""
     budget, most, end = spending.preset.token_budget, spending.preset.max_tokens, spending.preset.end
     config = DHAConfig(levels=levels, token_budget=budget)
 
@@ -95,7 +93,7 @@ def training_free(levels: tuple[int, ...], spending: Spending) -> Subject:
         return student_options(Student(config, teacher.architecture), most=most)
 
     name, family = f"{TRAINING_FREE}, {spending.name}", TRAINING_FREE + spending.family
-    return Subject(name, family, build, spending.label, config.to_json(), is_dha=True, end=end)
+    return Subject(name, family, build, spending.label, f"{config.to_json()} {most}", is_dha=True, end=end)
 
 
 def describe(file: Path, student: Student, spending: Spending | None) -> Subject:
@@ -113,9 +111,10 @@ def describe(file: Path, student: Student, spending: Spending | None) -> Subject
         return student_options(fit_student(student, teacher), budget, most)
 
     attributes = student.list_attributes([site.block for site in student.list_sites()])
-    identity = f"{name_file(file)} {budget}"
+    identity = f"{name_file(file)} {budget} {most}"
     shown = spending is None or spending.name in own
-    return Subject(name, family, build, label, identity, None, 11, None, attributes, True, shown, end)
+    kept = {"identity": identity, "attributes": attributes, "end": end}
+    return Subject(name, family, build, label, is_dha=True, is_shown=shown, **kept)
 
 
 def fit_student(student: Student, teacher: Teacher) -> Student:

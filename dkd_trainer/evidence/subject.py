@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from dha.presets import Preset
+from dha.presets import find_timestep
 
 from ..host import Teacher
 
@@ -68,12 +68,11 @@ class Running:
         """The raw prediction (B, 4, h, w) in fp32 of noisy latents at timesteps t (B,) for context (B, 77, C)."""
         if self.subject.end == 1:
             return self.run(latents, t, context)
-        ours = t >= Preset(1.0, None, self.subject.end).least_timestep
-        if not ours.any():
-            return self.run(latents, t, context, changed=False)
+        ours = t >= find_timestep(self.subject.end)
+        count = int(ours.sum())
+        if count in (0, len(t)):
+            return self.run(latents, t, context, changed=count > 0)
         found = self.run(latents, t, context)
-        if ours.all():
-            return found
         return torch.where(ours.view(-1, 1, 1, 1), found, self.run(latents, t, context, changed=False))
 
     def run(self, latents: Tensor, t: Tensor, context: Tensor, changed: bool = True) -> Tensor:
