@@ -45,9 +45,7 @@ def describe_presets(measured: dict[str, Any]) -> str:
         if steps := figures.get("speed"):
             speeds = {size: 1 / preset.relate_sampling(1 / speedup) for size, speedup in steps.items()}
             line += "; " + ", ".join(f"{size} {speedup:.2f}x" for size, speedup in speeds.items())
-        if "error" in figures:
-            line += f"; error {figures['error']:.3f}"
         if "psnr" in figures:
-            line += f", {figures['psnr']:.1f} dB"
+            line += f"; {figures['psnr']:.1f} dB"
         lines.append(line)
     return "\n".join([*lines, *measured["presets"].get("notes", [])])

@@ -9,7 +9,7 @@ pytest.importorskip("aiohttp", reason="the bench drives ComfyUI, whose aiohttp i
 pytest.importorskip("PIL", reason="the bench draws a chart with Pillow, which is not installed")
 
 from workflows.bench.contest import Record
-from workflows.bench.measured import list_layers, list_speeds, merge, read_errors, read_result
+from workflows.bench.measured import list_layers, list_speeds, merge, read_pictures, read_result
 from workflows.bench.report import Result, Run, summarise, write_markdown, write_report
 
 
@@ -93,22 +93,26 @@ def test_measured_figures_are_renewed_and_others_kept(tmp_path):
         "format": "f",
         "layers": [other],
         "presets": {
-            "quality": {"speed": {"512": 9.0}, "error": 0.1},
+            "quality": {"speed": {"512": 9.0}, "psnr": 30.0},
             "fast": {"speed": {"768": 9.0}},
             "notes": ["Speed: old.", "Error: e."],
         },
     }
     evaluation = tmp_path / "evaluation.json"
-    found = {"DHA, training-free, preset fast": 0.5, "mini-dha, preset fast": 0.25, "mini-dha, 6.25 % of the keys": 0.6}
-    rows = {name: {"error mean": error, "psnr": 40.0} for name, error in found.items()}
+    found = {
+        "DHA, training-free, preset fast": 30.0,
+        "mini-dha, preset fast": 40.0,
+        "mini-dha, 6.25 % of the keys": 41.0,
+    }
+    rows = {name: {"psnr": psnr} for name, psnr in found.items()}
     evaluation.write_text(json.dumps({"rows": {**rows, "teacher": {}}}))
-    merged = merge(old, [document], read_errors(evaluation), "command")
+    merged = merge(old, [document], read_pictures(evaluation), "command")
     assert merged["layers"][0] == other and merged["layers"][1]["device"] == "cuda"
-    assert merged["presets"]["fast"] == {"speed": {"512": 2.5}, "training_free": True, "error": 0.25, "psnr": 40.0}
-    assert merged["presets"]["quality"] == {"error": 0.1}, "its speed was of another run than the note names"
-    assert [note.split(":")[0] for note in merged["presets"]["notes"]] == ["Speed", "Error"]
+    assert merged["presets"]["fast"] == {"speed": {"512": 2.5}, "training_free": True, "psnr": 40.0}
+    assert merged["presets"]["quality"] == {"psnr": 30.0}, "its speed was of another run than the note names"
+    assert [note.split(":")[0] for note in merged["presets"]["notes"]] == ["Speed", "Pictures"]
     assert "old" not in str(merged["presets"]["notes"])
-    again = merge(merged, [document], read_errors(evaluation), "command")
+    again = merge(merged, [document], read_pictures(evaluation), "command")
     assert json.dumps(again) == json.dumps(merged)
 
 

@@ -133,10 +133,10 @@ def test_no_layer_asks_the_device_for_a_number():
 def test_figures_that_were_not_measured_are_left_out_of_the_tooltip(measured):
     nothing = measured.describe_presets({"presets": {}})
     assert [line.split(":")[0] for line in nothing.splitlines()] == list(PRESETS)
-    assert "x" not in nothing.replace("most", "").replace("tokens", "") and "error" not in nothing
-    figures = {"fast": {"speed": {"1024": 2.344}, "error": 0.1234, "psnr": 35.46}, "notes": ["On some machine."]}
+    assert "x" not in nothing.replace("most", "").replace("tokens", "") and "dB" not in nothing
+    figures = {"fast": {"speed": {"1024": 2.344}, "psnr": 35.46}, "notes": ["On some machine."]}
     lines = measured.describe_presets({"presets": figures}).splitlines()
-    assert lines[2].endswith("1024 2.34x; error 0.123, 35.5 dB") and lines[-1] == "On some machine." and len(lines) == 4
+    assert lines[2].endswith("1024 2.34x; 35.5 dB") and lines[-1] == "On some machine." and len(lines) == 4
 
 
 def test_a_presets_speed_in_the_tooltip_is_that_of_a_whole_sampling(measured):

@@ -1,6 +1,6 @@
 """Keep what the nodes need of the bench's and the evaluation's results: `python -m workflows.bench.measured FILE ...`.
 
-Writes nodes/measured.json: which layers get faster on a kind of device, and speed and error of the presets.
+Writes nodes/measured.json: which layers get faster on a kind of device, and speed and pictures of the presets.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from .report import FORMAT, VERSION, name_machine
 
 OUT = PACK / "nodes" / "measured.json"
 SIZES = ("512x512", "768x768", "1024x1024", "2048x2048")
-FIGURES = ("speed", "training_free", "error", "psnr")  # of a preset; speeds are those of a shortened step
+FIGURES = ("speed", "training_free", "psnr")  # of a preset; speeds are those of a shortened step
 
 
 def read_result(path: Path) -> dict[str, Any]:
@@ -85,18 +85,18 @@ def list_speeds(document: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return speeds
 
 
-def read_errors(path: Path) -> dict[str, dict[str, float]]:
-    """By preset the student's mean `error` of the prediction and its median `psnr`, from an evaluation's JSON."""
-    rows, errors = json.loads(path.read_text(encoding="utf-8"))["rows"], {}
+def read_pictures(path: Path) -> dict[str, dict[str, float]]:
+    """By preset the student's median `psnr` to the original's pictures, from an evaluation's JSON."""
+    rows, found = json.loads(path.read_text(encoding="utf-8"))["rows"], {}
     for name, row in rows.items():
         _, _, preset = name.rpartition(", preset ")
         if preset in import_from_pack("dha.presets").PRESETS and "training-free" not in name:
-            errors[preset] = {"error": round(row["error mean"], 4), "psnr": round(row["psnr"], 1)}
-    return errors
+            found[preset] = {"psnr": round(row["psnr"], 1)}
+    return found
 
 
 def merge(
-    kept: dict[str, Any], documents: list[dict[str, Any]], errors: dict[str, dict[str, float]], command: str
+    kept: dict[str, Any], documents: list[dict[str, Any]], pictures: dict[str, dict[str, float]], command: str
 ) -> dict[str, Any]:
     """The file's new content: newly measured layers take the place of the same device's and precision's old ones.
 
@@ -110,14 +110,14 @@ def merge(
         if table["rows"]:
             tables[table["device"], table["dtype"], table["machine"]] = table
         if speeds := list_speeds(document):
-            others = {name: {k: v for k, v in f.items() if k in ("error", "psnr")} for name, f in presets.items()}
+            others = {name: {k: v for k, v in f.items() if k == "psnr"} for name, f in presets.items()}
             presets = {name: {**others.get(name, {}), **speeds.get(name, {})} for name in {**others, **speeds}}
             notes = [line for line in notes if not line.startswith("Speed:")] + [describe_speed(table, speeds)]
-    for name, figures in errors.items():
+    for name, figures in pictures.items():
         presets.setdefault(name, {}).update(figures)
-    if errors:
-        note = "Error: of the prediction, relative, and PSNR to the original, of the mini SD-2.1's student."
-        notes = [line for line in notes if not line.startswith("Error:")] + [note]
+    if pictures:
+        note = "Pictures: PSNR to the original's, of the mini SD-2.1's student."
+        notes = [line for line in notes if not line.startswith(("Error:", "Pictures:"))] + [note]
     shown = {**order(presets), **({"notes": notes} if notes else {})}
     return {"format": kept["format"], "command": command, "layers": list(tables.values()), "presets": shown}
 
@@ -140,16 +140,16 @@ def describe_speed(table: dict[str, Any], speeds: dict[str, dict[str, Any]]) -> 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m workflows.bench.measured", description=__doc__)
     parser.add_argument("results", type=Path, nargs="*", help="JSON files of the bench, the one to show last")
-    parser.add_argument("--errors", type=Path, help="JSON of dkd_trainer evaluate --presets")
+    parser.add_argument("--pictures", type=Path, help="JSON of dkd_trainer evaluate --presets")
     parser.add_argument("--out", type=Path, default=OUT, help="the file to renew (nodes/measured.json)")
     arguments = parser.parse_args()
     try:
         documents = [read_result(path) for path in arguments.results]
-        errors = read_errors(arguments.errors) if arguments.errors else {}
+        pictures = read_pictures(arguments.pictures) if arguments.pictures else {}
     except (OSError, ValueError, KeyError) as error:
         sys.exit(f"{type(error).__name__}: {error}")
     kept = import_from_pack("nodes.measured").read_measured(arguments.out)
-    content = merge(kept, documents, errors, current_command("workflows.bench.measured"))
+    content = merge(kept, documents, pictures, current_command("workflows.bench.measured"))
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     write_whole(arguments.out, (json.dumps(content, indent=1) + "\n").encode())
     rows = sum(len(table["rows"]) for table in content["layers"])
