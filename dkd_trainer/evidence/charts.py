@@ -11,7 +11,10 @@ from torch import Tensor
 
 WIDTH, HEIGHT = 1640, 940
 LEFT, RIGHT, TOP, BOTTOM = 130, 470, 70, 100
-COLOURS = ("#c2410c", "#1d4ed8", "#15803d", "#7e22ce", "#0e7490", "#a16207", "#be185d", "#475569", "#65a30d", "#111827")
+COLOURS = (
+    *("#c2410c", "#1d4ed8", "#15803d", "#7e22ce", "#0e7490", "#a16207", "#be185d", "#475569", "#65a30d", "#111827"),
+    *("#f59e0b", "#6366f1", "#dc2626", "#2dd4bf"),
+)
 
 
 class Point(NamedTuple):
