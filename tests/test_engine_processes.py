@@ -234,9 +234,8 @@ def test_two_hosts_without_a_common_folder_have_the_losses_of_one(talking, hosts
     [
         ("another prompt", [], "pairs was '4, "),
         ("red picture", ["--seed", "1"], "train.seed was 0, is 1"),
-        ("red picture", ["--set", "watch.validate_every=5", "--set", "watch.pairs=1"], "aside was [], is ["),
     ],
-    ids=["pairs", "settings", "pairs set aside"],
+    ids=["pairs", "settings"],
 )
 def test_hosts_with_different_runs_are_refused_before_a_step_is_made(talking, hosts, tmp_path, prompt, others, named):
     outputs, statuses = run_two_hosts(hosts(lambda folder: (folder / "0.txt").write_text(prompt), others))

@@ -96,7 +96,7 @@ def test_rows_put_harmless_changes_below_another_seed(arguments, student, out):
 
 
 def test_behind_its_end_a_subject_is_the_teacher_sample_by_sample(studio, teacher):
-    from dkd_trainer.evidence.students import spend_budget, spend_until, training_free
+    from dkd_trainer.evidence.students import spend_budget, training_free
     from dkd_trainer.evidence.subject import Running, Subject
 
     generator = torch.Generator().manual_seed(0)
@@ -108,8 +108,13 @@ def test_behind_its_end_a_subject_is_the_teacher_sample_by_sample(studio, teache
         late = Running(teacher, subjects[2], 8).predict(latents[1:2], t[1:2], context[1:2])
     assert torch.equal(ended[[0, 2]], ours[[0, 2]]) and torch.equal(ended[1], plain[1])
     assert not torch.equal(ours[1], plain[1]) and relate(late, plain[1:2]) < 1e-5
-    with pytest.raises(ValueError, match="between 0 and 1"):
-        spend_until(0.125, 1.5)
+
+
+@pytest.mark.parametrize("end", ["0", "1", "1.5", "half"])
+def test_an_end_outside_of_the_schedule_is_refused_before_anything_is_measured(arguments, end, capsys):
+    with pytest.raises(SystemExit):
+        read(arguments, "--ends", "0.5", end)
+    assert "expected a share of the schedule between 0 and 1" in capsys.readouterr().err
 
 
 def half_way(budget):
