@@ -1,4 +1,4 @@
-"""How commands that measure end: with the files that they wrote, or with one sentence."""
+"""What commands that measure share: how a share is read, and how they end, with their files or with one sentence."""
 
 import argparse
 import sys
@@ -7,6 +7,17 @@ from pathlib import Path
 
 from ..engine.state import TrainingStopped
 from ..host import ensure_comfy
+
+
+def parse_share(what: str, of: str, text: str) -> float:
+    """A number for an option, `what` it is and `of` what a share; raises ArgumentTypeError outside (0, 1)."""
+    try:
+        share = float(text)
+    except ValueError:
+        share = 0.0
+    if not 0 < share < 1:
+        raise argparse.ArgumentTypeError(f"{what} {text!r}, expected a share of the {of} between 0 and 1")
+    return share
 
 
 def run_command(name: str, measure: Callable[[argparse.Namespace], Iterable[Path]], args: argparse.Namespace) -> None:

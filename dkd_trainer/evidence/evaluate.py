@@ -2,10 +2,11 @@
 
 import argparse
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from ..host import ROOT
-from .commands import run_command
+from .commands import parse_share, run_command
 from .comparison import Comparison, add_arguments
 from .peers import list_peers
 from .report import write_report
@@ -23,23 +24,13 @@ def read_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace
     parser.add_argument(
         "--budgets", type=float, nargs="+", help="shares of the tokens that become keys (each student's own)"
     )
+    end = partial(parse_share, "end", "schedule")
     parser.add_argument(
-        "--ends", type=read_end, nargs="+", default=[], help="shares of the schedule before an exact rest, own budgets"
+        "--ends", type=end, nargs="+", default=[], help="shares of the schedule before an exact rest, own budgets"
     )
     parser.add_argument("--presets", action="store_true", help="the presets of Apply DHA as well")
     parser.add_argument("--no-peers", action="store_true", help="students and the null band alone")
     return parser.parse_args(arguments)
-
-
-def read_end(text: str) -> float:
-    """A share of the schedule; raises ArgumentTypeError outside (0, 1)."""
-    try:
-        end = float(text)
-    except ValueError:
-        end = 0.0
-    if not 0 < end < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}, expected a share of the schedule between 0 and 1")
-    return end
 
 
 def list_subjects(args: argparse.Namespace, comparison: Comparison) -> list[Subject]:

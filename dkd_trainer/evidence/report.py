@@ -76,7 +76,12 @@ def choose_figure(rows: dict[str, Row], names: Iterable[str]) -> tuple[Column, d
     found = {name: rows[name] for name in names if rows[name].get("error mean")}
     if all("perceptual" in row for row in found.values()):
         return PERCEPTUAL, {name: row["perceptual"] for name, row in found.items()}
-    return ERROR, {name: row["error mean"] for name, row in found.items() if row.get("error 0-100") != 0}
+    return ERROR, {name: row["error mean"] for name, row in found.items() if errs_throughout(row)}
+
+
+def errs_throughout(row: Row) -> bool:
+    """Whether there is an error in every band of timesteps: none in the last ones is what stops before the end."""
+    return all(row.get(f"error {low}-{high}") for low, high in TIME_BANDS)
 
 
 def compare_at_equal_time(report: Report, times: dict[str, dict]) -> dict[str, dict]:
@@ -207,8 +212,7 @@ def choose_lines(report: Report) -> list[str]:
     """
     first = {family: name for name, (family, _) in reversed(report.families.items())}
     named = [name for name in report.families if name in report.ours or name in first.values()]
-    lows = [f"error {low}-{high}" for low, high in TIME_BANDS]
-    return [name for name in named if all(report.rows[name].get(low) for low in lows)]
+    return [name for name in named if errs_throughout(report.rows[name])]
 
 
 def describe_settings(report: Report) -> str:

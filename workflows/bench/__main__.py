@@ -10,10 +10,12 @@ import math
 import os
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
 
+from dkd_trainer.evidence.commands import parse_share
 from dkd_trainer.record import current_command
 
 from ..server import find_comfyui
@@ -43,17 +45,6 @@ def parse_size(text: str) -> Size:
     return Size(width, height)
 
 
-def parse_budget(text: str) -> float:
-    """A share of the tokens; raises ArgumentTypeError outside (0, 1)."""
-    try:
-        budget = float(text)
-    except ValueError:
-        budget = 0.0
-    if not 0 < budget < 1:
-        raise argparse.ArgumentTypeError(f"budget {text!r}, expected a share of the tokens between 0 and 1")
-    return budget
-
-
 def parse_count(text: str) -> int:
     """A whole number from 1; raises ArgumentTypeError for anything else."""
     if not text.isdecimal() or int(text) < 1:
@@ -78,7 +69,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--seconds", type=float, metavar="BUDGET", help="end after about this long; what does not fit is left out")
     families = sorted({name.split("-")[0] for name in TITLES} | set(TITLES))
     add("--subjects", nargs="+", choices=families, default=families, help="beside unpatched (all)")
-    add("--budgets", type=parse_budget, nargs="+", default=[], metavar="SHARE", help="DHA with these shares, too")
+    budget = partial(parse_share, "budget", "tokens")
+    add("--budgets", type=budget, nargs="+", default=[], metavar="SHARE", help="DHA with these shares, too")
     model = parser.add_mutually_exclusive_group()
     model.add_argument("--checkpoint", type=Path, help="an SD-2.1 checkpoint instead of random weights")
     model.add_argument("--mini", action="store_true", help="the mini architecture, to try this program in seconds")

@@ -88,9 +88,10 @@ def list_speeds(document: dict[str, Any]) -> dict[str, dict[str, Any]]:
 def read_pictures(path: Path) -> dict[str, dict[str, float]]:
     """By preset the student's median `psnr` to the original's pictures, from an evaluation's JSON."""
     rows, found = json.loads(path.read_text(encoding="utf-8"))["rows"], {}
+    presets = import_from_pack("dha.presets").PRESETS
     for name, row in rows.items():
         _, _, preset = name.rpartition(", preset ")
-        if preset in import_from_pack("dha.presets").PRESETS and "training-free" not in name:
+        if preset in presets and "training-free" not in name:
             found[preset] = {"psnr": round(row["psnr"], 1)}
     return found
 
