@@ -5,12 +5,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from .dither import find_phase
 from .patch import STATE, Patches, make_patches, plain_attention
 from .presets import Preset
 from .sites import SITES, Site
 from .student import Student
 
 OURS = "dha_ours"  # key in our options for whether the running forward is one that we shorten
+PHASE = "dha_phase"  # key in our options for the phase of the running forward's grids
 
 
 def attach(
@@ -24,7 +26,14 @@ def attach(
     ends = spending.end < 1 and student.config.mode == "hybrid"
     active = (lambda options: options[OURS]) if ends else None
     patches = make_patches(
-        student, plain_attention, spending.token_budget, None, active, max_tokens=spending.max_tokens, pays=pays
+        student,
+        plain_attention,
+        spending.token_budget,
+        None,
+        active,
+        max_tokens=spending.max_tokens,
+        pays=pays,
+        phase_of=lambda options: options[PHASE],
     )
     options = patches.as_options()
 
@@ -35,9 +44,11 @@ def attach(
 
     def ask_ahead(_module, inputs: tuple, named: dict) -> None:
         timesteps = named["timesteps"] if "timesteps" in named else inputs[1]
-        options[OURS] = timesteps[0].item() >= spending.least_timestep
+        options[PHASE] = find_phase(timesteps)
+        if ends:
+            options[OURS] = timesteps[0].item() >= spending.least_timestep
 
-    restore = [unet.register_forward_pre_hook(ask_ahead, with_kwargs=True).remove] if ends else []
+    restore = [unet.register_forward_pre_hook(ask_ahead, with_kwargs=True).remove]
     restore.append(unet.time_embed.register_forward_hook(begin).remove)
     for site in SITES:
         if site.block in patches.blocks:

@@ -98,8 +98,8 @@ class HybridSite(nn.Module):
     def build_context(self, x: Tensor, emb: Tensor, plan: ContextPlan, grid: Tensor | None = None) -> Context:
         """Keys for tokens x (B, N, C) of a `plan.height` x `plan.width` picture at time embedding emb (B, E).
 
-        `grid` (coarse,) spares making `coarse_indices` anew. Raises ValueError when the plan needs a router and there
-        is none.
+        `grid` (coarse,) are one token of each cell, without it the middle ones. Raises ValueError when the plan needs a
+        router and there is none.
         """
         scores = chosen = None
         if plan.chosen:
@@ -123,13 +123,20 @@ class HybridSite(nn.Module):
         return Context(keys, values, weights, chosen)
 
     def forward(
-        self, attention: nn.Module, attend: Callable, x: Tensor, emb: Tensor, plan: ContextPlan, heads: int
+        self,
+        attention: nn.Module,
+        attend: Callable,
+        x: Tensor,
+        emb: Tensor,
+        plan: ContextPlan,
+        heads: int,
+        grid: Tensor | None = None,
     ) -> Tensor:
         """One layer alone: x (B, N, C) through `attention`'s own to_q, to_k, to_v and to_out, with a short context.
 
-        `attend(q, k, v, options, mask)` is as in `dha.patch`.
+        `attend(q, k, v, options, mask)` is as in `dha.patch`, `grid` (coarse,) as in `build_context`.
         """
-        keys, values, weights, _ = self.build_context(x, emb, plan)
+        keys, values, weights, _ = self.build_context(x, emb, plan, grid)
         q = attention.to_q(self.correct("q", x))
         k, v = attention.to_k(self.correct("k", keys)), attention.to_v(self.correct("v", values))
         mask = None if weights is None else weights[:, None, None].to(q.dtype)

@@ -6,10 +6,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .dither import PHASES, dithered_indices, find_phase, list_phases
 from .hybrid import HybridSite
 from .official import OfficialSite
 from .routing import ContextPlan, coarse_indices
-from .sites import Site
+from .sites import SITES, Site
 from .student import Student
 
 STEP = "dha_step"  # key in transformer_options under which a forward's Step travels to the blocks
@@ -17,8 +18,9 @@ WATCH = "dha_watch"  # key in transformer_options for one who wants to know what
 STATE = "dha_state"  # key in a block's extra_options under which our patches of one call talk to each other
 
 
-# Called with the site, its plan, the tokens (B, k) that its router chose or None, and the block's extra_options.
-Watch = Callable[[Site, ContextPlan, Tensor | None, dict], None]
+# Called with the site, its plan, the grid's tokens (coarse,) and those (B, k) that its router chose, None where there
+# are none, and the block's extra_options.
+Watch = Callable[[Site, ContextPlan, Tensor | None, Tensor | None, dict], None]
 
 
 class Patches(NamedTuple):
@@ -43,10 +45,14 @@ class Patches(NamedTuple):
 
 
 class Step(NamedTuple):
-    """What one UNet forward tells its blocks: the time embedding (B, E) and which blocks are ours."""
+    """What one UNet forward tells its blocks: time embedding (B, E), which blocks are ours, and the grids' phases (16,).
+
+    The phases are in the order of `SITES`.
+    """
 
     emb: Tensor
     blocks: frozenset[tuple[str, int]]
+    phases: Tensor | None
 
 
 class Call(NamedTuple):
@@ -73,19 +79,35 @@ class Planner:
         pays: Callable[[int, int, int], bool] | None = None,
     ):
         self.student, self.token_budget, self.max_tokens, self.pays = student, token_budget, max_tokens, pays
-        self.known: dict[tuple, tuple[ContextPlan | None, Tensor | None]] = {}
+        self.plans: dict[tuple[int, int, int], ContextPlan | None] = {}
+        self.grids: dict[tuple[ContextPlan, torch.device], Tensor] = {}
 
-    def prepare(self, height: int, width: int, x: Tensor) -> tuple[ContextPlan | None, Tensor | None]:
-        """Plan and grid indices for tokens x (B, height*width, C); no plan where the layer is to stay as it is."""
+    def prepare(
+        self, height: int, width: int, x: Tensor, phase: Tensor | None
+    ) -> tuple[ContextPlan | None, Tensor | None]:
+        """Plan and grid (coarse,) of a layer at `phase` (1,) for tokens x (B, height*width, C).
+
+        No plan where the layer is to stay as it is; without a phase the grid stands in the middle of its cells.
+        """
+        key = (height, width, x.shape[-1])
         if torch.compiler.is_compiling():
-            return self.plan(height, width, x.shape[-1]), None
-        key = (height, width, x.shape[-1], x.device)
-        if key not in self.known:
-            plan = self.plan(*key[:3])
-            with torch.inference_mode(False):  # it is kept for later calls, of which some may train
-                grid = coarse_indices(plan, x.device) if plan is not None and plan.coarse else None
-            self.known[key] = plan, grid
-        return self.known[key]
+            plan = self.plan(*key)
+            grid = dithered_indices(plan, phase)[0] if plan and plan.coarse and phase is not None else None
+            return plan, grid
+        if key not in self.plans:
+            self.plans[key] = self.plan(*key)
+        plan = self.plans[key]
+        return plan, self.pick_grid(plan, phase, x.device) if plan and plan.coarse else None
+
+    def pick_grid(self, plan: ContextPlan, phase: Tensor | None, device: torch.device) -> Tensor:
+        """One of the grids of a plan: all of them are kept, so that a step costs a look-up."""
+        key = (plan, device)
+        if key not in self.grids:
+            with torch.inference_mode(False):  # they are kept for later calls, of which some may train
+                moving = dithered_indices(plan, torch.arange(PHASES, device=device))
+                self.grids[key] = torch.cat([moving, coarse_indices(plan, device)[None]])
+        grids = self.grids[key]
+        return grids[-1] if phase is None else grids.index_select(0, phase.to(device))[0]
 
     def plan(self, height: int, width: int, channels: int) -> ContextPlan | None:
         """The plan of a size; None where every token is a key, or where a short context does not pay."""
@@ -97,6 +119,12 @@ class Planner:
         return plan
 
 
+def read_phase(options: dict) -> Tensor | None:
+    """The grids' phase (1,) at the noise level that the host names; None where it names none."""
+    levels = options.get("sigmas")
+    return None if levels is None else find_phase(levels)
+
+
 def make_patches(
     student: Student,
     attend: Callable,
@@ -106,21 +134,25 @@ def make_patches(
     skip: frozenset[tuple[str, int]] = frozenset(),
     max_tokens: int | None = None,
     pays: Callable[[int, int, int], bool] | None = None,
+    phase_of: Callable[[dict], Tensor | None] = read_phase,
 ) -> Patches:
     """Callables that run `student` inside a UNet.
 
     `attend(q, k, v, options, mask)` is the host's attention over (B, N, C), mask (B, 1, 1, m) added to logits or None.
     `token_budget`, `max_tokens` and `levels` override the student's own; `is_active(options)`, asked once per forward,
-    switches it by timestep; blocks in `skip` are left alone, and so is a layer where `pays(tokens, channels, keys)` is
-    false.
+    switches it by timestep, and so is `phase_of(options)`, which moves the grids, see `dha.dither`; blocks in `skip` are
+    left alone, and so is a layer where `pays(tokens, channels, keys)` is false.
     """
     chosen = student.config.levels if levels is None else levels
     planner = Planner(student, token_budget, max_tokens, pays)
     sites = {site.block: site for site in student.list_sites() if site.level in chosen and site.block not in skip}
+    numbers = {site.block: number for number, site in enumerate(SITES)}
 
     def emb_patch(emb: Tensor, _channels: int, options: dict) -> Tensor:
         if is_active is None or is_active(options):
-            options[STEP] = Step(emb, find_owned(options, sites, attn1_replace))
+            phase = phase_of(options)
+            phases = None if phase is None else list_phases(phase, len(SITES))
+            options[STEP] = Step(emb, find_owned(options, sites, attn1_replace), phases)
         else:
             options.pop(STEP, None)
         return emb
@@ -137,12 +169,14 @@ def make_patches(
                 return n, context[:, :1], value[:, :1]
             return n, context, value
         height, width = options["activations_shape"][-2:]
-        plan, grid = planner.prepare(height, width, context)
+        number = numbers[block]
+        phase = None if step.phases is None else step.phases[number : number + 1]
+        plan, grid = planner.prepare(height, width, context, phase)
         if plan is None:
             return n, context, value
         keys, values, log_weights, chosen = module.build_context(context, emb, plan, grid)
         if WATCH in options:
-            options[WATCH](sites[block], plan, chosen, options)
+            options[WATCH](sites[block], plan, grid, chosen, options)
         local = None if module.local is None else module.local(context, emb, height, width)
         options[STATE] = Call(module, log_weights, local=local)
         return module.correct("q", n), module.correct("k", keys), module.correct("v", values)

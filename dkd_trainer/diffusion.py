@@ -11,6 +11,12 @@ def alphas_cumprod() -> torch.Tensor:
     return (1 - betas).cumprod(0).float()
 
 
+def noise_levels(t: torch.Tensor) -> torch.Tensor:
+    """Sigmas (B,) of integer timesteps t (B,), as ComfyUI counts noise: sqrt((1 - a_t) / a_t)."""
+    a = alphas_cumprod().to(t.device)[t.long()]
+    return ((1 - a) / a).sqrt()
+
+
 def add_noise(latents: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
     """x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) e, all (B, 4, h, w); t (B,) integers."""
     a = alphas_cumprod()[t].view(-1, 1, 1, 1).to(latents.device)
@@ -42,10 +48,8 @@ def to_noise(prediction: torch.Tensor, noisy: torch.Tensor, t: torch.Tensor, kin
 @torch.inference_mode()
 def sample_euler(predict, noise: torch.Tensor, steps: int = 25) -> torch.Tensor:
     """Euler's method on the probability-flow ODE; `predict(x_t, t (B,)) -> e`, noise and result (B, 4, h, w)."""
-    a = alphas_cumprod()
-    sigmas = ((1 - a) / a).sqrt()
     timesteps = torch.linspace(999, 0, steps + 1)[:-1].round().long()
-    levels = torch.cat([sigmas[timesteps], torch.zeros(1)])
+    levels = torch.cat([noise_levels(timesteps), torch.zeros(1)])
     x = noise * levels[0]
     for i, t in enumerate(timesteps):
         eps = predict(x / (levels[i] ** 2 + 1).sqrt(), t.repeat(len(x)))

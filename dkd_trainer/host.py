@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from .diffusion import noise_levels
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -108,7 +110,8 @@ class Teacher:
         self, latents: torch.Tensor, t: torch.Tensor, context: torch.Tensor, options: dict | None = None
     ) -> torch.Tensor:
         """The UNet's raw prediction (B, 4, h, w) for noisy latents at timesteps t (B,); options carry patches."""
-        return self.unet(latents, t.float(), context=context, transformer_options=dict(options or {})).float()
+        options = {"sigmas": noise_levels(t), **(options or {})}  # what a student's grids are moved by
+        return self.unet(latents, t.float(), context=context, transformer_options=options).float()
 
 
 def hash_weights(state: Mapping[str, torch.Tensor]) -> str:

@@ -61,13 +61,18 @@ class DataSettings:
 
 @dataclasses.dataclass(frozen=True)
 class TransferSettings:
-    """Stage 1: each replaced layer learns its teacher's output from its teacher's input."""
+    """Stage 1: each replaced layer learns its teacher's output from its teacher's input.
+
+    `spread` is what an error counts that changes with the layer's grid, beside one that stays: over a sampling, whose
+    grids change, most of it cancels. Below 1 each step looks at two grids.
+    """
 
     steps: int = whole(1500)
     rate: float = real(2e-3, above=True)
     schedule: str = choice("cosine", "cosine", "constant")
     warmup: int = whole(50)
     routing: float = real(0.1)
+    spread: float = real(0.1, 0.0, 1.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +82,7 @@ class ImitationSettings:
     `output` pulls to the teacher's prediction, `blocks` to its block outputs, `attention` to its self-attention
     outputs, `noise` (at the stage's start and end) to what was really added; `maps` and `routing` belong to mode
     `official`, `control` and `control_blocks` to pairs: the (add, mul) pairs that the control branch gives, and its
-    block outputs. With `balance` every term is first scaled to the size of the prediction's. `guidance` is the range of
+    block outputs. `spread` is for `output` what it is in stage 1. With `balance` every term is first scaled to the size of the prediction's. `guidance` is the range of
     scales that the compared predictions are mixed with, empty for none.
     """
 
@@ -94,6 +99,7 @@ class ImitationSettings:
     control: float = real(0.0)
     control_blocks: float = real(0.0)
     balance: bool = switch(True)
+    spread: float = real(0.1, 0.0, 1.0)
     guidance: tuple[float, ...] = reals((), (0, 2), what="nothing, or the least and the greatest guidance scale")
 
 

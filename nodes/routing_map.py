@@ -9,7 +9,7 @@ import torch
 from comfy_api.latest import io, ui
 
 from ..dha.patch import WATCH
-from ..dha.routing import ContextPlan, coarse_indices
+from ..dha.routing import ContextPlan
 from ..dha.sites import Site
 from .pixels import to_images
 from .routing_picture import draw_frame
@@ -22,9 +22,10 @@ PREVIEW = 512
 
 @dataclass
 class Step:
-    """The share of layers that chose each token (h, w) at a step, and the step's denoised latent (1, C, H, W)."""
+    """The share of layers that chose each token (h, w) at a step, grid (m,) of the first, denoised latent (1, C, H, W)."""
 
     kept: torch.Tensor
+    grid: torch.Tensor
     latent: torch.Tensor
 
 
@@ -41,11 +42,19 @@ class Recorder:
     layers: set[str] = field(default_factory=set)
     is_routed: bool = False
     partial: int = 0
+    grid: torch.Tensor | None = None
     calls: list[torch.Tensor] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
 
-    def watch(self, site: Site, plan: ContextPlan, chosen: torch.Tensor | None, options: dict) -> None:
-        """One attention call; `chosen` are token numbers (B, k), or None without a router."""
+    def watch(
+        self,
+        site: Site,
+        plan: ContextPlan,
+        grid: torch.Tensor | None,
+        chosen: torch.Tensor | None,
+        options: dict,
+    ) -> None:
+        """One attention call; `grid` (coarse,) and `chosen` (B, k) are token numbers, or None where there are none."""
         rows = options.get("cond_or_uncond") or [0]
         if site.level != self.level or 0 not in rows:
             return
@@ -54,6 +63,8 @@ class Recorder:
             return
         self.plan = plan
         self.layers.add(site.name)
+        if not self.calls:
+            self.grid = torch.empty(0, dtype=torch.long) if grid is None else grid.cpu()
         kept = torch.zeros(plan.tokens)
         if chosen is not None:
             self.is_routed = True
@@ -63,12 +74,8 @@ class Recorder:
     def close_step(self, denoised: torch.Tensor) -> None:
         """What was heard since the last step becomes one."""
         if self.calls:
-            self.steps.append(Step(torch.stack(self.calls).mean(0), denoised[:1].float().cpu()))
+            self.steps.append(Step(torch.stack(self.calls).mean(0), self.grid, denoised[:1].float().cpu()))
             self.calls.clear()
-
-    def list_grid(self) -> torch.Tensor:
-        """Numbers (coarse,) of the tokens that always answer."""
-        return coarse_indices(self.plan, torch.device("cpu")) if self.plan.coarse else torch.empty(0, dtype=torch.long)
 
 
 class RoutingMap(io.ComfyNode):
@@ -150,10 +157,10 @@ class RoutingMap(io.ComfyNode):
             step = recorder.steps[number]
             picture = decode(vae, model, step.latent)
             title = f"step {number + 1} of {len(recorder.steps)}"
-            drawn.append(draw_frame(picture, step.kept, recorder.list_grid(), title))
+            drawn.append(draw_frame(picture, step.kept, step.grid, title))
             progress.update_absolute(progress.current + 1, preview=("JPEG", drawn[-1], PREVIEW))
         mean = torch.stack([step.kept for step in recorder.steps]).mean(0)
-        summary = draw_frame(picture, mean / mean.max().clamp(min=1e-6), recorder.list_grid(), "all steps")
+        summary = draw_frame(picture, mean / mean.max().clamp(min=1e-6), step.grid, "all steps")
         report = describe(recorder)
         text, shown = show_report(report, summarise(report), tabulate(report))
         images = to_images(drawn)

@@ -13,7 +13,7 @@ INK, PAPER = (235, 235, 235), (24, 24, 26)
 def draw_frame(picture: torch.Tensor, kept: torch.Tensor, grid: torch.Tensor, title: str) -> Image.Image:
     """Picture (H, W, 3) in 0..1 on the left; on the right in grey, with tokens (h, w) coloured by their share in 0..1.
 
-    `grid` are the numbers (m,) of the tokens that always answer; they get a dot.
+    `grid` are the numbers (m,) of the tokens that answer whatever they show; they get a dot.
     """
     size = choose_size(*picture.shape[:2])
     enlarged = resize(picture, size)

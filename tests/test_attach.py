@@ -62,7 +62,7 @@ def test_hooks_compute_what_the_patches_do(studio, unet, inputs):
     student = make_student(studio.architecture)
     plain = predict(unet, inputs)
     patches = make_patches(student, plain_attention, SPENDING.token_budget, max_tokens=SPENDING.max_tokens)
-    expected = predict(unet, inputs, patches.as_options())
+    expected = predict(unet, inputs, patches.as_options() | {"sigmas": inputs["timesteps"]})  # the grids' phase
     take_off = attach(unet, student, SPENDING)
     found = predict(unet, inputs)
     take_off()

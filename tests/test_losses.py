@@ -52,7 +52,7 @@ def test_every_loss_term_reaches_the_student(prepare, make_settings, term):
 
 
 def test_guidance_compares_what_the_sampler_mixes(teacher, prepare, make_settings):
-    from dkd_trainer.engine.imitation import imitation_losses, student_options
+    from dkd_trainer.engine.imitation import imitation_losses, list_runs
     from dkd_trainer.engine.transfer import relative_error
 
     training = prepare(make_settings(imitation__guidance=[3.0, 6.0]))
@@ -64,7 +64,7 @@ def test_guidance_compares_what_the_sampler_mixes(teacher, prepare, make_setting
         empty = teacher.predict(batch.noisy, batch.t, batch.empty.expand_as(batch.context), options)
         return empty + batch.guidance.view(-1, 1, 1, 1) * (prompted - empty)
 
-    expected = relative_error(mix(student_options(training.student, batch.budget)), mix({}))
+    expected = relative_error(mix(list_runs(training.student, batch, spread=1.0)[0]), mix({}))
     found = imitation_losses(teacher, training.student, batch, ("output",), guided=True)["output"]
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-7)
 

@@ -29,12 +29,13 @@ class PairStage(Stage):
     def measure(self, teacher: Teacher, student: Student, batch: Batch, checkpointing: bool) -> dict[str, Tensor]:
         """The stage's loss terms, of the UNet's layers and the branch's; the band is that of the batch's pictures."""
         if isinstance(self.settings, TransferSettings):
-            options, losses = self.controls.watch(student, batch)
+            options, losses = self.controls.watch(student, batch, self.settings.spread)
             inputs = (batch.noisy, batch.t, batch.context, batch.budget, batch.seed)
-            return average_sites({**transfer_losses(teacher, student, *inputs, options), **losses})
-        terms = self.weights(self.first)
+            found = transfer_losses(teacher, student, *inputs, options, self.settings.spread)
+            return average_sites({**found, **losses})
+        terms, spread = self.weights(self.first), self.settings.spread
         steer = partial(self.controls.steer, batch, terms=terms, checkpointing=checkpointing)
-        return imitation_losses(teacher, student, batch, terms, bool(self.guidance), checkpointing, steer)
+        return imitation_losses(teacher, student, batch, terms, bool(self.guidance), checkpointing, steer, spread)
 
 
 class PairTraining(Training):

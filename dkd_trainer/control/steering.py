@@ -46,9 +46,11 @@ class FrozenBranch:
         with torch.no_grad():
             hint = branch.embed_hint(filter_band(sources.to(teacher.device), self.band, seed))
 
-        def steer(x: Tensor, timesteps: Tensor, context: Tensor, _options: dict) -> list[Pair]:
+        def steer(x: Tensor, timesteps: Tensor, context: Tensor, options: dict) -> list[Pair]:
             repeated = hint.repeat(len(x) // len(sources))
-            return [pair.scale(strength) for pair in branch(x, repeated, timesteps, context, dict(inner or {}))]
+            level = {name: options[name] for name in ("sigmas",) if name in options}
+            own = {**level, **(inner or {})}
+            return [pair.scale(strength) for pair in branch(x, repeated, timesteps, context, own)]
 
         return control_options(steer)
 

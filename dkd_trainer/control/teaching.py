@@ -67,14 +67,15 @@ class Controls:
             losses["control_blocks"] = mean_error(imitated.blocks, shown.blocks)
         return apply_pairs({}, taught), apply_pairs(options, found), losses
 
-    def watch(self, student: Student, batch: Batch) -> tuple[dict, dict[str, Tensor]]:
+    def watch(self, student: Student, batch: Batch, spread: float = 1.0) -> tuple[dict, dict[str, Tensor]]:
         """Stage 1: the steered teacher's options, and what `transfer_losses` are in the branch's own layers."""
         branch, losses = self.choose(batch).branch, dict[str, Tensor]()
 
         def find_attention(site: Site) -> torch.nn.Module:
             return branch.get_submodule(site.name)
 
-        watching = watch_sites(student, find_attention, losses, batch.budget, batch.seed) if self.accelerate else {}
+        how = (batch.budget, batch.seed, spread)
+        watching = watch_sites(student, find_attention, losses, *how) if self.accelerate else {}
         with torch.no_grad():
             pairs = self.find_pairs(batch, (batch.noisy, batch.t, batch.context), {"patches": watching})
         return apply_pairs({}, pairs), {f"control/{name}": value for name, value in losses.items()}

@@ -5,7 +5,8 @@ from collections.abc import Callable, Collection
 import torch
 from torch import Tensor
 
-from dha.patch import make_patches
+from dha.dither import draw_phases
+from dha.patch import make_patches, read_phase
 from dha.student import Student
 
 from ..data.batches import Batch
@@ -14,12 +15,25 @@ from ..host import Teacher
 from .attention import trained_attention
 from .features import Features, keep_blocks, recompute_layers
 from .official import compare_maps, teach_routers
-from .transfer import relative_error
+from .transfer import count_grids, joint_error, relative_error
 
 
-def student_options(student: Student, budget: float | None = None, most: int | None = None) -> dict:
-    """`transformer_options` that run a student inside the teacher's UNet, at another budget or cap than its own."""
-    return make_patches(student, trained_attention, budget, max_tokens=most).as_options()
+def student_options(
+    student: Student, budget: float | None = None, most: int | None = None, phase: Tensor | None = None
+) -> dict:
+    """`transformer_options` that run a student inside the teacher's UNet, at another budget or cap than its own.
+
+    Its grids move with the noise level, or stand at a `phase` (1,).
+    """
+    phase_of = read_phase if phase is None else lambda _options: phase
+    return make_patches(student, trained_attention, budget, max_tokens=most, phase_of=phase_of).as_options()
+
+
+def list_runs(student: Student, batch: Batch, spread: float) -> list[dict]:
+    """A step's `student_options`, one for each of the grids that a loss with a `spread` compares."""
+    count = 1 if student.config.mode == "official" else count_grids(spread)
+    phases = draw_phases(batch.seed, count, batch.t.device)
+    return [student_options(student, batch.budget, phase=phase) for phase in phases.split(1)]
 
 
 def imitation_losses(
@@ -30,11 +44,14 @@ def imitation_losses(
     guided: bool = False,
     checkpointing: bool = False,
     steer: Callable[[tuple[Tensor, ...], dict], tuple[dict, dict, dict[str, Tensor]]] | None = None,
+    spread: float = 1.0,
 ) -> dict[str, Tensor]:
     """The loss terms named in `terms`, as in `settings.ImitationSettings`, with gradients to the student alone.
 
     With `guided` both models run with and without the prompt, and what guidance mixes is compared (arXiv 2210.03142).
     `steer(inputs, student's options)` gives the options of the teacher, those of the student, and losses of its own.
+    With a `spread` below 1 the student runs on two grids for the term `output`, see `joint_error`; all other terms are
+    of the first run.
     """
     inputs = double_batch(batch) if guided else (batch.noisy, batch.t, batch.context)
     shown, imitated = Features(), Features()
@@ -42,16 +59,20 @@ def imitation_losses(
     blocks = (shown, imitated) if "blocks" in terms else (None, None)
     led: dict = {}
     losses: dict[str, Tensor] = {}
-    options = student_options(student, batch.budget)
+    runs = list_runs(student, batch, spread)
     if steer is not None:
-        led, options, losses = steer(inputs, options)
+        (led, runs[0], losses), *others = [steer(inputs, options) for options in runs]
+        runs[1:] = [options for _, options, _ in others]
     with torch.no_grad(), keep_blocks(teacher.unet, blocks[0]):
         target = teacher.predict(*inputs, shown.add_to(led) if wants_attention else led)
-    with keep_blocks(teacher.unet, blocks[1]), recompute_layers(teacher.unet, checkpointing):
-        prediction = teacher.predict(*inputs, imitated.add_to(options) if wants_attention else options)
+    with recompute_layers(teacher.unet, checkpointing):
+        with keep_blocks(teacher.unet, blocks[1]):
+            prediction = teacher.predict(*inputs, imitated.add_to(runs[0]) if wants_attention else runs[0])
+        predictions = [prediction, *(teacher.predict(*inputs, options) for options in runs[1:])]
     if "output" in terms:
         scales = batch.guidance if guided else None
-        losses["output"] = relative_error(mix_guidance(prediction, scales), mix_guidance(target, scales))
+        mixed = [mix_guidance(each, scales) for each in predictions]
+        losses["output"] = joint_error(mixed, mix_guidance(target, scales), spread)
     if "noise" in terms:
         truth = training_target(batch.latents, batch.noise, batch.t.cpu(), teacher.prediction)
         losses["noise"] = relative_error(prediction[: len(batch)], truth)

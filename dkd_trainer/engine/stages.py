@@ -61,9 +61,10 @@ class Stage:
         """The stage's loss terms on a part of a batch, each a mean over its samples."""
         if not isinstance(self.settings, TransferSettings):
             terms = self.weights(self.first)
-            return imitation_losses(teacher, student, batch, terms, bool(self.guidance), checkpointing)
-        by_site = transfer_losses(teacher, student, batch.noisy, batch.t, batch.context, batch.budget, batch.seed)
-        return average_sites(by_site)
+            guided, spread = bool(self.guidance), self.settings.spread
+            return imitation_losses(teacher, student, batch, terms, guided, checkpointing, spread=spread)
+        inputs = (batch.noisy, batch.t, batch.context, batch.budget, batch.seed)
+        return average_sites(transfer_losses(teacher, student, *inputs, spread=self.settings.spread))
 
 
 def average_sites(by_site: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,13 +1,15 @@
 """Stage 1, attention transfer: every replaced layer learns its teacher's output from its teacher's input."""
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dha.dither import dithered_indices, draw_phases
 from dha.official import OfficialSite
+from dha.routing import ContextPlan
 from dha.sites import Site
 from dha.student import Student
 
@@ -26,14 +28,16 @@ def transfer_losses(
     budget: float | None = None,
     seed: int = 0,
     options: Mapping[str, Any] | None = None,
+    spread: float = 1.0,
 ) -> dict[str, Tensor]:
-    """Relative squared error of each site's output, as `site name`, and the router's loss, as `site name/routing`.
+    """`joint_error` of each site's output, as `site name`, and the router's loss, as `site name/routing`.
 
-    The teacher's trunk runs without gradients; noisy (B, 4, h, w), t (B,), context (B, 77, C). `seed` picks the queries
-    that the router's loss looks at. `options` are of the teacher's forward: a control's, for one that is steered.
+    The teacher's trunk runs without gradients; noisy (B, 4, h, w), t (B,), context (B, 77, C). `seed` picks the grids
+    and the queries that the router's loss looks at. `options` are of the teacher's forward: a control's, for one that
+    is steered.
     """
     losses: dict[str, Tensor] = {}
-    patches = watch_sites(student, teacher.attention, losses, budget, seed)
+    patches = watch_sites(student, teacher.attention, losses, budget, seed, spread)
     patches["attn1_output_patch"].append(stop_after(student.list_sites()[-1].block))
     options = dict(options or {})
     with torch.no_grad(), contextlib.suppress(AllSeen):
@@ -62,6 +66,7 @@ def watch_sites(
     losses: dict[str, Tensor],
     budget: float | None = None,
     seed: int = 0,
+    spread: float = 1.0,
 ) -> dict[str, list[Callable]]:
     """Patches for a forward of the teacher's layers that put `transfer_losses` into `losses`.
 
@@ -90,8 +95,9 @@ def watch_sites(
                 losses[site.name] = relative_error(module(x, emb), out)
         elif plan.coarse + plan.chosen < plan.tokens:
             with torch.enable_grad():
-                output = module(attention, trained_attention, x, emb, plan, attention.heads)
-                losses[site.name] = relative_error(output, out)
+                grids = draw_grids(plan, seed + len(losses), spread, x.device)
+                outputs = [module(attention, trained_attention, x, emb, plan, attention.heads, g) for g in grids]
+                losses[site.name] = joint_error(outputs, out, spread)
                 if plan.chosen:
                     scores = module.router(x, emb)
                     losses[f"{site.name}/routing"] = routing_loss(scores, attention, x, generator)
@@ -100,10 +106,35 @@ def watch_sites(
     return {"emb_patch": [keep_embedding], "attn1_patch": [keep_input], "attn1_output_patch": [compare_output]}
 
 
+def draw_grids(plan: ContextPlan, seed: int, spread: float, device: torch.device) -> list[Tensor | None]:
+    """The grids (coarse,) that a loss with a `spread` compares; None where a plan has no grid."""
+    if not plan.coarse:
+        return [None]
+    return list(dithered_indices(plan, draw_phases(seed, count_grids(spread), device)))
+
+
+def count_grids(spread: float) -> int:
+    """How many grids a loss looks at: a second one tells apart what changes with the grid and what does not."""
+    return 1 if spread == 1 else 2
+
+
+def joint_error(outputs: Sequence[Tensor], target: Tensor, spread: float) -> Tensor:
+    """Mean over the batch of (<d, d'> + spread (|d|^2 - <d, d'>)) / |target|^2, any shape (B, ...).
+
+    d and d' are the differences of one or two outputs, made with different grids, to the target. Their product is what
+    they have in common, on average the squared error of the mean over all grids; the rest mostly cancels while grids
+    change from step to step, and counts for `spread`.
+    """
+    differences = [(output.float() - target.float()).flatten(1) for output in outputs]
+    whole = sum(difference.square().sum(1) for difference in differences) / len(differences)
+    common = (differences[0] * differences[-1]).sum(1)
+    error = common + spread * (whole - common)
+    return (error / target.float().flatten(1).square().sum(1).clamp(min=1e-8)).mean()
+
+
 def relative_error(output: Tensor, target: Tensor) -> Tensor:
     """Mean over the batch of |output - target|^2 / |target|^2, any shape (B, ...)."""
-    difference = (output.float() - target.float()).flatten(1).square().sum(1)
-    return (difference / target.float().flatten(1).square().sum(1).clamp(min=1e-8)).mean()
+    return joint_error([output], target, 1.0)
 
 
 def routing_loss(

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dha.presets import find_timestep
 
+from ..diffusion import noise_levels
 from ..host import Teacher
 
 # `transformer_options` for a teacher and a side of the finest level in tokens: peers are stated as shares of it
@@ -78,7 +79,8 @@ class Running:
     def run(self, latents: Tensor, t: Tensor, context: Tensor, changed: bool = True) -> Tensor:
         """A forward as the subject changes it, or as the teacher's own."""
         options, attributes = (self.options, self.subject.attributes) if changed else ({}, {})
-        inputs = {"context": context.to(self.dtype), "transformer_options": dict(options)}
+        options = {"sigmas": noise_levels(t), **options}  # what a student's grids are moved by
+        inputs = {"context": context.to(self.dtype), "transformer_options": options}
         with changed_attributes(self.unet, attributes):
             return self.unet(latents.to(self.dtype), t.float(), **inputs).float()
 
