@@ -148,7 +148,7 @@ class WatchSettings:
 
 def start_config() -> DHAConfig:
     """The student that the trainer makes when it is told nothing."""
-    return DHAConfig(levels=(0, 1), memory=32, rank=8, router_width=64, local=16, blend=True)
+    return DHAConfig(levels=(0, 1), memory=32, rank=8, local=16, blend=True)
 
 
 @dataclasses.dataclass(frozen=True)
