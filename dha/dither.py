@@ -1,7 +1,7 @@
 """Another token of each cell at another timestep: a fixed grid errs the same way in every step, a moving one cancels.
 
-Of a sampling's steps each adds its error to the latent. Those of a fixed grid are nearly the same from step to step and
-add up; with grids that change they differ, and most of their sum goes away, as rounding errors do in a dithered picture.
+Each step of a sampling adds its error to the latent. With a fixed grid it is nearly the same in all steps and adds up;
+with grids that change it differs, and most of the sum goes away, as rounding errors do in a dithered picture.
 """
 
 import torch

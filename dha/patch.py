@@ -45,7 +45,7 @@ class Patches(NamedTuple):
 
 
 class Step(NamedTuple):
-    """What one UNet forward tells its blocks: time embedding (B, E), which blocks are ours, and the grids' phases (16,).
+    """What one UNet forward tells its blocks: time embedding (B, E), which blocks are ours, phases (16,) of the grids.
 
     The phases are in the order of `SITES`.
     """
@@ -140,8 +140,8 @@ def make_patches(
 
     `attend(q, k, v, options, mask)` is the host's attention over (B, N, C), mask (B, 1, 1, m) added to logits or None.
     `token_budget`, `max_tokens` and `levels` override the student's own; `is_active(options)`, asked once per forward,
-    switches it by timestep, and so is `phase_of(options)`, which moves the grids, see `dha.dither`; blocks in `skip` are
-    left alone, and so is a layer where `pays(tokens, channels, keys)` is false.
+    switches it by timestep, `phase_of(options)` moves the grids, see `dha.dither`; blocks in `skip` are left alone, and
+    so is a layer where `pays(tokens, channels, keys)` is false.
     """
     chosen = student.config.levels if levels is None else levels
     planner = Planner(student, token_budget, max_tokens, pays)

@@ -22,7 +22,7 @@ PREVIEW = 512
 
 @dataclass
 class Step:
-    """The share of layers that chose each token (h, w) at a step, grid (m,) of the first, denoised latent (1, C, H, W)."""
+    """A step: the share of layers that chose each token (h, w), the first one's grid (m,), the latent (1, C, H, W)."""
 
     kept: torch.Tensor
     grid: torch.Tensor

@@ -1,10 +1,8 @@
 """Grids that move from step to step: what they are made of, and that the errors of a sampling cancel."""
 
-import copy
-
 import pytest
 import torch
-from conftest import make_student, relate
+from conftest import relate
 
 from dha.config import DHAConfig
 from dha.dither import PHASES, dithered_indices, find_phase, list_phases

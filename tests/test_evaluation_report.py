@@ -23,11 +23,13 @@ pytest.importorskip("efficientnet_lite_pytorch", reason="picture features come w
 def test_summary_is_the_ratio_of_sums_and_the_error_of_the_mean():
     measured = {
         "error": torch.tensor([[1.0, 0, 0, 0], [3.0, 0, 0, 0]]),
+        "lasting": torch.tensor([[1.0, -9.0, 0, 0], [0.0, 0, 0, 0]]),  # an estimate of a square may lie below 0
         "energy": torch.full((2, 4), 2.0),
         "prompt_score": torch.tensor([0.2, 0.6]),
     }
     row = summarise(measured, {"prompt_score": torch.tensor([0.1, 0.3])}, {})
     assert row["error 0-100"] == pytest.approx(1.0) and row["error mean"] == pytest.approx(0.25)
+    assert row["lasting error"] == pytest.approx(0.5 / 4)
     assert row["prompt_score"] == pytest.approx(0.4) and row["prompt_score_error"] == pytest.approx(0.2)
     assert row["prompt_score_change"] == pytest.approx(0.2) and row["prompt_score_change_error"] == pytest.approx(0.1)
 

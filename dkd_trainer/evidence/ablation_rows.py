@@ -55,16 +55,16 @@ def list_part_rows(student: DHAConfig, preset: str) -> list[TrainedRow]:
         "all parts": student,
         "no memory": replace(student, memory=0),
         "no deltas": replace(student, rank=0),
-        "no router": replace(student, router_width=0),
+        "router": replace(student, router_width=32),
         "no local branch": replace(student, local=0),
         "no blend": replace(student, blend=False),
         "twice the memory": replace(student, memory=2 * student.memory),
-        "deltas alone": replace(student, router_width=0, memory=0, local=0, blend=False),
+        "deltas alone": replace(student, memory=0, local=0, blend=False),
         "deltas q, k, v": replace(student, deltas=("q", "k", "v")),
         "deltas k, v, out": replace(student, deltas=("k", "v", "out")),
         "twice the rank": replace(student, rank=2 * student.rank),
-        "half of the keys on the grid": replace(student, coarse_share=0.5),
-        "all keys routed": replace(student, coarse_share=0.0),
+        "router, half of the keys on the grid": replace(student, router_width=32, coarse_share=0.5),
+        "router, no grid": replace(student, router_width=32, coarse_share=0.0),
     }
     rows = []
     for name, config in variants.items():
@@ -75,18 +75,19 @@ def list_part_rows(student: DHAConfig, preset: str) -> list[TrainedRow]:
 
 
 def list_term_rows(preset: str) -> list[TrainedRow]:
-    """The preset's student, half of the time in stage 1 and half in stage 2 with one term beside the prediction's."""
+    """The preset's student, half of the time in stage 1 and half in stage 2 with one term beside the prediction's.
+
+    "One grid a step" counts an error that changes with the grid like one that stays.
+    """
     terms: dict[str, dict[str, Any]] = {
         "prediction": {},
-        "prediction and block outputs": {"blocks": 1.0},
-        "prediction and attention outputs": {"attention": 1.0},
-        "guided prediction": {"guidance": [1.0, 7.0]},
-        "prediction and real noise": {"noise": [0.0, 1.0]},
+        "prediction, one grid a step": {"transfer.spread": 1.0, "imitation.spread": 1.0},
+        "prediction and block outputs": {"imitation.blocks": 1.0},
+        "prediction and attention outputs": {"imitation.attention": 1.0},
+        "guided prediction": {"imitation.guidance": [1.0, 7.0]},
+        "prediction and real noise": {"imitation.noise": [0.0, 1.0]},
     }
-    return [
-        TrainedRow(row, "terms", preset, (0.5, 0.5, 0.0), tuple((f"imitation.{k}", v) for k, v in changed.items()))
-        for row, changed in terms.items()
-    ]
+    return [TrainedRow(row, "terms", preset, (0.5, 0.5, 0.0), tuple(more.items())) for row, more in terms.items()]
 
 
 def list_context_rows(levels: tuple[int, ...]) -> list[Subject]:

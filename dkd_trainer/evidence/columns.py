@@ -23,6 +23,7 @@ QUALITY = (
     Column("steps", "train_steps", ".0f"),
     Column("attention cost", "attention_cost", ".1%"),
     ERROR,
+    Column("lasting", "lasting error", ".4f"),
     Column("latents", "latent_error", ".3f"),
     Column("PSNR", "psnr", ".1f"),
     Column("SSIM", "ssim", ".3f"),

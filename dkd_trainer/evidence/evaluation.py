@@ -26,9 +26,9 @@ class Sampling:
 
 
 @torch.inference_mode()
-def predict_bands(running: Running, held_out: HeldOut, device: torch.device, batch: int = 32) -> Tensor:
+def predict_bands(running: Running, held_out: HeldOut, device: torch.device, draw: int = 0, batch: int = 32) -> Tensor:
     """Predictions (bands, n, 4, h, w) at a random timestep of each band; noise and timesteps are the same for all."""
-    torch.manual_seed(0)  # ToMe and random baselines draw from the global generator
+    running.draw_anew(draw)
     generator = torch.Generator().manual_seed(5)
     bands = []
     for low, high in TIME_BANDS:
@@ -42,7 +42,7 @@ def predict_bands(running: Running, held_out: HeldOut, device: torch.device, bat
 @torch.inference_mode()
 def draw_latents(teacher: Teacher, running: Running, held_out: HeldOut, sampling: Sampling) -> Tensor:
     """Latents (n, 4, h, w) of every prompt; noise and guidance are the same for subjects of one seed."""
-    torch.manual_seed(0)
+    running.draw_anew(0)
     subject = running.subject
     noise = torch.randn(held_out.latents.shape, generator=torch.Generator().manual_seed(subject.seed))
     drawn = []
@@ -86,8 +86,9 @@ def measure_subject(
         measured["predictions"] = predict_bands(running, held_out, teacher.device)
     elif not subject.is_teacher:
         expected = reference["predictions"]
-        found = predict_bands(running, held_out, teacher.device)
-        measured["error"] = (found - expected).square().sum((2, 3, 4)).T.contiguous()
+        first, second = (predict_bands(running, held_out, teacher.device, draw) - expected for draw in (0, 1))
+        measured["error"] = first.square().sum((2, 3, 4)).T.contiguous()
+        measured["lasting"] = (first * second).sum((2, 3, 4)).T.contiguous()
         measured["energy"] = expected.square().sum((2, 3, 4)).T.contiguous()
     measured["latents"] = draw_latents(teacher, running, held_out, sampling)
     pictures = decode_pictures(teacher, measured["latents"])

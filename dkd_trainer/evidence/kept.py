@@ -16,6 +16,7 @@ from ..host import ROOT
 
 DHA = (
     "config",
+    "dither",
     "hybrid",
     "local",
     "memory",

@@ -23,12 +23,13 @@ NULL_BAND = (
     "(a change passes too where two standard errors reach that)"
 )
 DEFINITIONS = """\
-Error: |e_s - e_t| / |e_t| of the prediction for the same noisy latents, by timestep. All else is of pictures drawn with
-the same prompts and seeds: relative error of the final latents, and of their DCT coefficients in the bands low (i + j
-up to 30 of a 64x64 latent), mid (20 to 40) and high (50 and above); median PSNR, mean SSIM and perceptual distance
-(EfficientNet-lite0) to the teacher's; KID x 1e3 on the same network's features against the real pictures of the
-prompts; score of the prompt. Behind ±: one standard error over pictures (KID: delete-a-group jackknife); "change" is
-against the teacher, prompt by prompt."""
+Error: |e_s - e_t| / |e_t| of the prediction for the same noisy latents, by timestep; lasting: the part of it that two
+draws of what changes from step to step have in common (where DHA's grids stand, which tokens ToMe merges), the rest
+mostly cancels over a sampling. All else is of pictures drawn with the same prompts and seeds: relative error of the
+final latents, and of their DCT coefficients in the bands low (i + j up to 30 of a 64x64 latent), mid (20 to 40) and
+high (50 and above); median PSNR, mean SSIM and perceptual distance (EfficientNet-lite0) to the teacher's; KID x 1e3 on
+the same network's features against the real pictures of the prompts; score of the prompt. Behind ±: one standard error
+over pictures (KID: delete-a-group jackknife); "change" is against the teacher, prompt by prompt."""
 
 
 @dataclass

@@ -64,6 +64,12 @@ class Running:
         self.subject, self.options = subject, subject.build(teacher, side)
         self.dtype = subject.dtype or torch.float32
         self.unet = teacher.unet if subject.dtype is None else copy.deepcopy(teacher.unet).to(subject.dtype)
+        self.draw = 0
+
+    def draw_anew(self, number: int) -> None:
+        """Set what changes from step to step to another draw: ToMe's tokens, and where a student's grids stand."""
+        torch.manual_seed(number)
+        self.draw = number
 
     def predict(self, latents: Tensor, t: Tensor, context: Tensor) -> Tensor:
         """The raw prediction (B, 4, h, w) in fp32 of noisy latents at timesteps t (B,) for context (B, 77, C)."""
@@ -79,7 +85,7 @@ class Running:
     def run(self, latents: Tensor, t: Tensor, context: Tensor, changed: bool = True) -> Tensor:
         """A forward as the subject changes it, or as the teacher's own."""
         options, attributes = (self.options, self.subject.attributes) if changed else ({}, {})
-        options = {"sigmas": noise_levels(t), **options}  # what a student's grids are moved by
+        options = {"sigmas": noise_levels(t) * (1 + self.draw), **options}  # what a student's grids are moved by
         inputs = {"context": context.to(self.dtype), "transformer_options": options}
         with changed_attributes(self.unet, attributes):
             return self.unet(latents.to(self.dtype), t.float(), **inputs).float()

@@ -26,6 +26,8 @@ def summarise(measured: Mapping[str, Tensor], reference: Mapping[str, Tensor], r
     if "error" in measured:
         row |= relate_bands(measured["error"], measured["energy"], [f"error {low}-{high}" for low, high in TIME_BANDS])
         row["error mean"] = sum(row.values()) / len(TIME_BANDS)
+        lasting = relate_bands(measured["lasting"], measured["energy"], [f"{low}" for low, _ in TIME_BANDS])
+        row["lasting error"] = sum(lasting.values()) / len(TIME_BANDS)
     if "psnr" in measured:
         row["psnr"] = measured["psnr"].median().item()
         row["latent_error"] = relate(measured["latent_error"], measured["latent_energy"])
@@ -45,8 +47,8 @@ def summarise(measured: Mapping[str, Tensor], reference: Mapping[str, Tensor], r
 
 
 def relate(error: Tensor, energy: Tensor) -> float:
-    """|difference| / |reference| over all pictures."""
-    return (error.double().sum() / energy.double().sum().clamp(min=1e-30)).sqrt().item()
+    """|difference| / |reference| over all pictures; 0 where an estimate of the square is below it."""
+    return (error.double().sum().clamp(min=0) / energy.double().sum().clamp(min=1e-30)).sqrt().item()
 
 
 def relate_bands(error: Tensor, energy: Tensor, names: list[str]) -> Row:
