@@ -1,4 +1,4 @@
-"""DHA Routing Map: which tokens the router keeps while a picture is drawn, over the picture and over time."""
+"""DHA Routing Map: which tokens answer while a picture is drawn, over the picture and over time."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,10 +22,10 @@ PREVIEW = 512
 
 @dataclass
 class Step:
-    """A step: the share of layers that chose each token (h, w), the first one's grid (m,), the latent (1, C, H, W)."""
+    """Shares of the layers whose keys each token (h, w) is among, and whose router chose it, and the denoised latent."""
 
     kept: torch.Tensor
-    grid: torch.Tensor
+    chosen: torch.Tensor
     latent: torch.Tensor
 
 
@@ -42,7 +42,6 @@ class Recorder:
     layers: set[str] = field(default_factory=set)
     is_routed: bool = False
     partial: int = 0
-    grid: torch.Tensor | None = None
     calls: list[torch.Tensor] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
 
@@ -63,18 +62,18 @@ class Recorder:
             return
         self.plan = plan
         self.layers.add(site.name)
-        if not self.calls:
-            self.grid = torch.empty(0, dtype=torch.long) if grid is None else grid.cpu()
-        kept = torch.zeros(plan.tokens)
+        found = torch.zeros(2, plan.tokens)  # every key, and those of the router
+        if grid is not None:
+            found[0, grid.cpu()] = 1
         if chosen is not None:
             self.is_routed = True
-            kept[chosen[rows.index(0) * len(chosen) // len(rows)].cpu()] = 1
-        self.calls.append(kept.view(self.size))
+            found[:, chosen[rows.index(0) * len(chosen) // len(rows)].cpu()] = 1
+        self.calls.append(found.view(2, *self.size))
 
     def close_step(self, denoised: torch.Tensor) -> None:
         """What was heard since the last step becomes one."""
         if self.calls:
-            self.steps.append(Step(torch.stack(self.calls).mean(0), self.grid, denoised[:1].float().cpu()))
+            self.steps.append(Step(*torch.stack(self.calls).mean(0), denoised[:1].float().cpu()))
             self.calls.clear()
 
 
@@ -85,11 +84,11 @@ class RoutingMap(io.ComfyNode):
             node_id="DHARoutingMap",
             display_name="DHA Routing Map",
             category="DHA/understand",
-            description="Draws a picture and shows which tokens the student's router kept at each step: on the left "
-            "the picture as it was at that step, on the right the same in grey with the chosen tokens in colour.",
+            description="Draws a picture and shows which tokens answered at each step: on the left the picture as it "
+            "was at that step, on the right the same in grey with the tokens that were keys in colour.",
             is_output_node=True,
             inputs=[
-                io.Model.Input("model", tooltip="From Apply DHA with a student that has a router."),
+                io.Model.Input("model", tooltip="From Apply DHA."),
                 io.Vae.Input("vae", tooltip="Decodes the picture below the map at the steps that are shown."),
                 io.Conditioning.Input("positive", tooltip="What the picture should show."),
                 io.Conditioning.Input("negative", tooltip="What the picture should not show."),
@@ -128,8 +127,8 @@ class RoutingMap(io.ComfyNode):
                     "level",
                     options=list(LEVELS),
                     default="finest",
-                    tooltip="Resolution of the UNet to look at. The map is the mean over its layers: full colour where "
-                    "all of them chose the token.",
+                    tooltip="Resolution of the UNet to look at. The map is the mean over its layers: the more of them "
+                    "have the token among their keys, the fuller its colour.",
                 ),
                 io.Int.Input(
                     "frames",
@@ -157,10 +156,10 @@ class RoutingMap(io.ComfyNode):
             step = recorder.steps[number]
             picture = decode(vae, model, step.latent)
             title = f"step {number + 1} of {len(recorder.steps)}"
-            drawn.append(draw_frame(picture, step.kept, step.grid, title))
+            drawn.append(draw_frame(picture, step.kept, step.chosen, title))
             progress.update_absolute(progress.current + 1, preview=("JPEG", drawn[-1], PREVIEW))
-        mean = torch.stack([step.kept for step in recorder.steps]).mean(0)
-        summary = draw_frame(picture, mean / mean.max().clamp(min=1e-6), step.grid, "all steps")
+        kept, chosen = (torch.stack([getattr(s, n) for s in recorder.steps]).mean(0) for n in ("kept", "chosen"))
+        summary = draw_frame(picture, kept / kept.max().clamp(min=1e-6), chosen, "all steps")
         report = describe(recorder)
         text, shown = show_report(report, summarise(report), tabulate(report))
         images = to_images(drawn)
@@ -226,15 +225,15 @@ def describe(recorder: Recorder) -> dict[str, Any]:
         "chosen": plan.chosen if recorder.is_routed else 0,
         "layers": len(recorder.layers),
         "steps": len(recorder.steps),
-        "ever_chosen": (kept.amax(0) > 0).float().mean().item(),
-        "overlap_of_steps": sum(overlaps) / len(overlaps) if overlaps and recorder.is_routed else None,
+        "ever_answered": (kept.amax(0) > 0).float().mean().item(),
+        "overlap_of_steps": sum(overlaps) / len(overlaps) if overlaps else None,
     }
 
 
 def tabulate(report: dict[str, Any]) -> list[list[str]]:
     rows = [["", "tokens"], ["of the picture at this level", str(report["tokens"])]]
-    rows += [["on the grid", str(report["grid"])], ["chosen by the router, in each layer", str(report["chosen"])]]
-    rows.append(["chosen by some layer at some step", f"{report['ever_chosen']:.0%}"])
+    rows += [["on the grid of each layer", str(report["grid"])], ["chosen by each router", str(report["chosen"])]]
+    rows.append(["answered in some layer at some step", f"{report['ever_answered']:.0%}"])
     if report["overlap_of_steps"] is not None:
         rows.append(["same as at the step before", f"{report['overlap_of_steps']:.0%}"])
     return rows
@@ -242,7 +241,6 @@ def tabulate(report: dict[str, Any]) -> list[list[str]]:
 
 def summarise(report: dict[str, Any]) -> str:
     """One line for the node."""
-    if not report["chosen"]:
-        return f"no router: {report['grid']} grid tokens of {report['tokens']} answer, whatever the picture shows"
-    answering = f"{report['chosen']} chosen + {report['grid']} grid of {report['tokens']} tokens answer"
-    return f"{answering} in each of {report['layers']} layers"
+    routed = f" and {report['chosen']} that its router chose" if report["chosen"] else ""
+    answering = f"in each of {report['layers']} layers {report['grid']} tokens of a grid{routed} answer"
+    return f"{answering}, of {report['tokens']}; over the steps {report['ever_answered']:.0%} had their turn"

@@ -6,18 +6,18 @@ from PIL import Image, ImageDraw, ImageFont
 
 SIDE = 384  # pixels that the longer side of a frame's halves has at least
 BAR, GAP = 26, 6
-CHOSEN, GRID = (1.0, 0.55, 0.05), (0.75, 0.85, 1.0)
+KEPT, CHOSEN = (1.0, 0.55, 0.05), (0.75, 0.85, 1.0)
 INK, PAPER = (235, 235, 235), (24, 24, 26)
 
 
-def draw_frame(picture: torch.Tensor, kept: torch.Tensor, grid: torch.Tensor, title: str) -> Image.Image:
+def draw_frame(picture: torch.Tensor, kept: torch.Tensor, chosen: torch.Tensor, title: str) -> Image.Image:
     """Picture (H, W, 3) in 0..1 on the left; on the right in grey, with tokens (h, w) coloured by their share in 0..1.
 
-    `grid` are the numbers (m,) of the tokens that answer whatever they show; they get a dot.
+    Of the tokens `kept` as keys those that a router has `chosen` (h, w) get a dot.
     """
     size = choose_size(*picture.shape[:2])
     enlarged = resize(picture, size)
-    halves = [enlarged, colour_map(enlarged, kept, grid)]
+    halves = [enlarged, colour_map(enlarged, kept, chosen)]
     height, width = size
     frame = Image.new("RGB", (2 * width + GAP, height + BAR), PAPER)
     for number, half in enumerate(halves):
@@ -25,7 +25,8 @@ def draw_frame(picture: torch.Tensor, kept: torch.Tensor, grid: torch.Tensor, ti
         frame.paste(Image.fromarray(pixels), (number * (width + GAP), BAR))
     pen, font = ImageDraw.Draw(frame), ImageFont.load_default(15)
     pen.text((6, 4), title, INK, font)
-    pen.text((width + GAP + 6, 4), "orange: chosen   dots: grid", INK, font)
+    legend = "orange: keys" + ("   dots: chosen by the router" if chosen.any() else "")
+    pen.text((width + GAP + 6, 4), legend, INK, font)
     return frame
 
 
@@ -40,14 +41,12 @@ def resize(picture: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     return F.interpolate(picture.movedim(-1, 0)[None], size=size, mode="bicubic")[0].movedim(0, -1).clamp(0, 1)
 
 
-def colour_map(picture: torch.Tensor, kept: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
+def colour_map(picture: torch.Tensor, kept: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
     """The picture (H, W, 3) in dark grey below coloured tokens (h, w)."""
     dim = picture.mean(-1, keepdim=True).expand_as(picture) * 0.55
     share = F.interpolate(kept[None, None], size=picture.shape[:2], mode="nearest-exact")[0, 0, ..., None]
-    coloured = torch.lerp(dim, torch.tensor(CHOSEN).expand_as(dim), share.sqrt() * 0.9)
-    dots = torch.zeros(kept.numel())
-    dots[grid] = 1
-    return torch.lerp(coloured, torch.tensor(GRID).expand_as(dim), spot(dots.view(kept.shape), picture.shape[:2]))
+    coloured = torch.lerp(dim, torch.tensor(KEPT).expand_as(dim), share.sqrt() * 0.9)
+    return torch.lerp(coloured, torch.tensor(CHOSEN).expand_as(dim), spot((chosen > 0).float(), picture.shape[:2]))
 
 
 def spot(tokens: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:

@@ -92,7 +92,7 @@ def test_every_subject_computes_the_attention_that_its_name_promises(document):
         "unpatched": count_pairs(lambda level, tokens: tokens),
         "dha-balanced": count_dha_pairs("balanced"),
         "ceiling": count_pairs(lambda level, tokens: 0),
-        **{f"student-{name}": count_dha_pairs(name, memory=MEMORY, rank=8, router_width=64) for name in PRESETS},
+        **{f"student-{name}": count_dha_pairs(name, memory=MEMORY, rank=8) for name in PRESETS},
         "kv2": count_pairs(lambda level, tokens: tokens if level else tokens // 4),
         "hypertile": halved,
         "tome": halved,

@@ -71,8 +71,10 @@ def test_the_map_is_what_the_router_chose(studio, module, student, routed):
     best[seen[-1][0].topk(recorder.plan.chosen).indices] = 1
     layers = len(recorder.layers)
     assert layers == 5 and recorder.plan.tokens == 256
-    assert step.kept.sum() == pytest.approx(recorder.plan.chosen)
-    counts = (step.kept.flatten() * layers).round()
+    assert step.chosen.sum() == pytest.approx(recorder.plan.chosen)
+    assert recorder.plan.coarse <= step.kept.sum() + 1e-4 <= recorder.plan.coarse + recorder.plan.chosen + 2e-4
+    assert (step.kept >= step.chosen).all()
+    counts = (step.chosen.flatten() * layers).round()
     assert (counts[best.bool()] >= 1).all(), "a token that this layer chose is not on the map"
 
 
@@ -83,8 +85,15 @@ def test_the_positive_prompt_of_the_first_picture_is_shown(studio, module, route
 
 
 def test_it_follows_the_content(studio, module, routed):
-    first, second = (record(studio, module, routed, seed=seed).steps[-1].kept for seed in (0, 1))
+    first, second = (record(studio, module, routed, seed=seed).steps[-1].chosen for seed in (0, 1))
     assert relate(second, first) > 0.1
+
+
+def test_the_grid_moves_from_step_to_step_whatever_the_content(studio, module):
+    model = studio.apply(levels="finest")
+    first, second = (record(studio, module, model, seed=seed).steps for seed in (0, 1))
+    assert all(torch.equal(a.kept, b.kept) for a, b in zip(first, second, strict=True))
+    assert relate(first[1].kept, first[0].kept) > 0.1
 
 
 @pytest.mark.parametrize("sampler", ["euler", "heun"])
@@ -116,7 +125,7 @@ def test_the_second_level_has_a_quarter_of_the_tokens(draw_map, routed):
 
 def test_a_training_free_model_shows_its_grid_alone(studio, draw_map):
     report = draw_map(studio.apply(levels="finest"))[2]
-    assert report["chosen"] == 0 and report["grid"] > 0 and report["ever_chosen"] == 0
+    assert report["chosen"] == 0 and report["grid"] > 0 and report["ever_answered"] > report["grid"] / 256
 
 
 def confine(studio, prompt):

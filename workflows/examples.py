@@ -143,9 +143,10 @@ purple nodes and press Ctrl+B."""
 
 
 def make_routing_map() -> Example:
-    note = f"""## What does the router look at?
-*DHA Routing Map* draws a picture and shows at every step which tokens the router kept: orange where it chose one, dots
-where the fixed grid answers anyway. It shows the steps that DHA takes: the preset leaves the last ones to the original.
+    note = f"""## Which tokens answer?
+*DHA Routing Map* draws a picture and shows at every step which tokens are keys: the fuller the orange, the more layers look
+at the token. They stand elsewhere in each layer and at each step, so that every token has its turn and errors of single steps
+cancel. It shows the steps that DHA takes: the preset leaves the last ones to the original.
 {MINI}"""
     graph = prepare(CHECKPOINT, TREES)
     patched = add_student(graph, STUDENT, EVERYWHERE)

@@ -11,8 +11,8 @@ from torch import Tensor
 from .backends import BACKENDS
 from .model import draw_weights, import_from_pack
 
-TRAINED = {"memory": 32, "rank": 8, "router_width": 64, "local": 16, "blend": True}
-STUDENT = "DHA student (router, 32 memory tokens, rank 8, local branch)"
+TRAINED = {"memory": 32, "rank": 8, "local": 16, "blend": True}
+STUDENT = "DHA student (32 memory tokens, rank 8, local branch)"
 # The most telling ones first: where time is short, the last ones are left out.
 TITLES = {
     "unpatched": "unpatched",
