@@ -22,7 +22,7 @@ PREVIEW = 512
 
 @dataclass
 class Step:
-    """Shares of the layers whose keys each token (h, w) is among, and whose router chose it, and the denoised latent."""
+    """Shares of the layers that have each token (h, w) as a key, and whose router chose it; the denoised latent."""
 
     kept: torch.Tensor
     chosen: torch.Tensor

@@ -1,5 +1,7 @@
 """Grids that move from step to step: what they are made of, and that the errors of a sampling cancel."""
 
+import sys
+
 import pytest
 import torch
 from conftest import relate
@@ -92,3 +94,24 @@ def test_the_errors_of_a_sampling_cancel(teacher):
     fixed = relate(draw(token_budget=0.125, phase_of=lambda options: None), expected)
     moving = relate(draw(token_budget=0.125), expected)
     assert moving < 0.75 * fixed
+
+
+@pytest.mark.parametrize("sampler,scheduler", [("euler", "normal"), ("dpmpp_2m", "karras"), ("heun", "normal")])
+def test_they_cancel_in_the_host_with_its_own_samplers(studio, pack, monkeypatch, sampler, scheduler):
+    model, settings = studio.apply(budget=0.25, levels="finest"), {"sampler": sampler, "scheduler": scheduler}
+    expected = studio.draw(steps=16, **settings)
+    moving = relate(studio.draw(model, steps=16, **settings), expected)
+    patch = sys.modules[f"{pack.__name__}.dha.patch"]
+    monkeypatch.setattr(patch, "find_phase", lambda levels: torch.zeros(1, dtype=torch.long))
+    fixed = relate(studio.draw(model, steps=16, **settings), expected)
+    assert moving < 0.8 * fixed
+
+
+def test_forwards_of_a_step_share_their_grids_in_one_batch_or_in_two(studio, monkeypatch):
+    """Guidance multiplies what differs between prompt and no prompt."""
+    import comfy.samplers
+
+    model = studio.apply(budget=0.25, levels="finest")
+    together = studio.draw(model, steps=3)
+    monkeypatch.setattr(comfy.samplers, "can_concat_cond", lambda first, second: first is second)
+    assert relate(studio.draw(model, steps=3), together) < 1e-4

@@ -144,9 +144,9 @@ purple nodes and press Ctrl+B."""
 
 def make_routing_map() -> Example:
     note = f"""## Which tokens answer?
-*DHA Routing Map* draws a picture and shows at every step which tokens are keys: the fuller the orange, the more layers look
-at the token. They stand elsewhere in each layer and at each step, so that every token has its turn and errors of single steps
-cancel. It shows the steps that DHA takes: the preset leaves the last ones to the original.
+*DHA Routing Map* draws a picture and shows at every step which tokens are keys: the fuller the orange, the more layers
+look at the token. They stand elsewhere in each layer and at each step, so that every token has its turn and errors of
+single steps cancel. It shows the steps that DHA takes: the preset leaves the last ones to the original.
 {MINI}"""
     graph = prepare(CHECKPOINT, TREES)
     patched = add_student(graph, STUDENT, EVERYWHERE)
