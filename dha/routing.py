@@ -1,7 +1,7 @@
 """Which tokens become keys: a coarse grid of real tokens plus those that the router scores highest."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -39,7 +39,7 @@ class ContextPlan:
 def plan_context(
     height: int, width: int, budget: float, coarse_share: float, max_tokens: int, routed: bool
 ) -> ContextPlan:
-    """Spend a key budget: the finest grid within its share, the rest of the keys go to the router.
+    """Spend a key budget: the grid of the most tokens within its share, the rest of the keys go to the router.
 
     `budget` is a share of the tokens, capped at `max_tokens` keys. Without a router (`routed` false) the grid gets all.
     """
@@ -48,13 +48,23 @@ def plan_context(
     allowance = keys * coarse_share if routed else keys
     if allowance < 1:
         return ContextPlan(height, width, (0, 0), keys)
-    stride = 1
-    while True:  # square cells first, then nearly square ones, the finest that fits
-        for strides in ((stride, stride), (stride, stride + 1), (stride + 1, stride)):
-            plan = ContextPlan(height, width, strides, 0)
-            if plan.coarse <= allowance:
-                return ContextPlan(height, width, strides, keys - plan.coarse if routed else 0)
-        stride += 1
+    plan = ContextPlan(height, width, choose_strides(height, width, int(allowance)), 0)
+    return replace(plan, chosen=keys - plan.coarse) if routed else plan
+
+
+def choose_strides(height: int, width: int, most: int) -> tuple[int, int]:
+    """Cells, down and across, of which as many as can be and at most `most` make up height x width tokens.
+
+    They are no more than twice as long as wide, where any such fit; of equally many the squarer ones.
+    """
+    found = []
+    for down in range(1, height + 1):
+        rows = math.ceil(height / down)
+        if columns := most // rows:
+            across = math.ceil(width / columns)
+            length = max(down, across) / min(down, across)
+            found.append((length > 2, -rows * math.ceil(width / across), length, down, across))
+    return min(found)[-2:]
 
 
 def coarse_indices(plan: ContextPlan, device: torch.device) -> Tensor:

@@ -6,7 +6,7 @@ from conftest import relate
 
 from dha.peak import LiveTensors
 
-PRESETS = [("quality", 0.25, 0.7), ("balanced", 0.125, 0.9), ("fast", 0.0625, 1.0)]
+PRESETS = [("quality", 0.25, 0.8), ("balanced", 0.125, 0.9), ("fast", 0.0625, 1.0)]
 
 
 def apply_preset(studio, student, preset, start=0.0, end=1.0):
@@ -26,7 +26,7 @@ def test_preset_takes_the_place_of_the_budget_and_has_an_end_of_its_own(studio, 
 def test_an_earlier_end_or_a_later_start_than_the_presets_counts(studio, student):
     earlier, own = apply_preset(studio, student, "balanced", end=0.5), studio.apply(student=student, end=0.5)
     assert torch.equal(studio.draw(earlier, steps=4), studio.draw(own, steps=4))
-    assert apply_preset(studio, student, "quality", start=0.7) is studio.model
+    assert apply_preset(studio, student, "quality", start=0.8) is studio.model
 
 
 def test_graphs_from_before_the_presets_mean_what_they_meant(studio):

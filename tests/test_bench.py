@@ -140,8 +140,6 @@ def test_profile_takes_a_layer_apart(document):
     assert (free["student"], trained["student"]) == ("training-free", "trained")
     names = [{subject["name"] for subject in result["subjects"]} for result in (free, trained)]
     trained = {
-        "context: scores",
-        "context: choice",
         "corrections of q and out",
         "corrections of k and v",
         "local branch",

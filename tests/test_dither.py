@@ -115,3 +115,13 @@ def test_forwards_of_a_step_share_their_grids_in_one_batch_or_in_two(studio, mon
     together = studio.draw(model, steps=3)
     monkeypatch.setattr(comfy.samplers, "can_concat_cond", lambda first, second: first is second)
     assert relate(studio.draw(model, steps=3), together) < 1e-4
+
+
+@pytest.mark.parametrize("height,width", [(16, 16), (7, 9), (33, 64), (12, 21)])
+@pytest.mark.parametrize("budget", [0.05, 0.125, 0.3, 0.5])
+def test_no_other_cells_of_that_shape_would_use_more_of_the_budget(height, width, budget):
+    plan = plan_context(height, width, budget, 1.0, 4096, routed=False)
+    most = round(budget * height * width)
+    sides = [(a, b) for a in range(1, 20) for b in range(1, 20) if max(a, b) <= 2 * min(a, b)]
+    counts = [-(-height // down) * -(-width // across) for down, across in sides]
+    assert plan.strides in sides and plan.coarse == max(count for count in counts if count <= most)

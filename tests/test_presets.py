@@ -11,9 +11,11 @@ import pytest
 import torch
 
 from dha.config import DHAConfig
+from dha.dither import dithered_indices
 from dha.patch import Planner, make_patches, plain_attention
 from dha.payoff import Payoff, choose_payoff
 from dha.presets import PRESETS
+from dha.routing import coarse_indices
 from dha.sites import SITES, Architecture
 from dha.student import Student
 
@@ -88,7 +90,7 @@ def test_the_table_of_the_same_precision_comes_first():
     assert choose_payoff([TABLE, other], "cpu", "fp16").rows[0].speedup == 0.9
 
 
-def test_planner_asks_once_a_size_and_keeps_the_grid():
+def test_planner_asks_once_a_size_and_keeps_the_grids():
     asked = []
 
     def pays(*size):
@@ -97,17 +99,20 @@ def test_planner_asks_once_a_size_and_keeps_the_grid():
 
     planner = Planner(Student(DHAConfig(token_budget=0.25), FULL_SIZE), pays=pays)
     x, small = torch.randn(2, 256, 320), torch.randn(2, 64, 320)
+    phase = torch.tensor([5])
     with torch.inference_mode():
-        plan, grid = planner.prepare(16, 16, x)
-    assert planner.prepare(16, 16, x)[1] is grid and len(grid) == plan.coarse and not grid.is_inference()
-    assert planner.prepare(8, 8, small) == (None, None) == planner.prepare(8, 8, small)
+        plan, grid = planner.prepare(16, 16, x, phase)
+    (kept,) = planner.grids.values()
+    assert torch.equal(grid, dithered_indices(plan, phase)[0]) and not kept.is_inference()
+    assert torch.equal(planner.prepare(16, 16, x, None)[1], coarse_indices(plan, x.device))
+    assert planner.prepare(8, 8, small, phase) == (None, None) == planner.prepare(8, 8, small, phase)
     assert asked == [(256, 320, 64), (64, 320, 16)]
 
 
 def test_a_layer_that_does_not_pay_is_handed_back_untouched():
     student = Student(DHAConfig(levels=(0,)), FULL_SIZE)
     n, emb = torch.randn(1, 64, 320), torch.randn(1, 1280)
-    for pays, length in ((lambda *_: False, 64), (lambda *_: True, 6)):
+    for pays, length in ((lambda *_: False, 64), (lambda *_: True, 8)):
         patches = make_patches(student, plain_attention, pays=pays)
         options = {"block": ("input", 1), "activations_shape": [1, 320, 8, 8]} | patches.as_options()
         patches.emb(emb, 320, options)
