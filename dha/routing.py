@@ -57,14 +57,23 @@ def choose_strides(height: int, width: int, most: int) -> tuple[int, int]:
 
     They are no more than twice as long as wide, where any such fit; of equally many the squarer ones.
     """
+    area = height * width / most
+    likely = range(max(1, int((area / 2) ** 0.5)), min(height, int((2 * area) ** 0.5) + 2) + 1)
+    # All of them only for strips: compiled code unrolls this loop.
+    found = list_cells(height, width, most, likely) or list_cells(height, width, most, range(1, height + 1))
+    return min(found)[-2:]
+
+
+def list_cells(height: int, width: int, most: int, downs: range) -> list[tuple[bool, int, float, int, int]]:
+    """For each height of a cell the narrowest that fits: whether it is long, minus the count, length, down, across."""
     found = []
-    for down in range(1, height + 1):
+    for down in downs:
         rows = math.ceil(height / down)
         if columns := most // rows:
-            across = math.ceil(width / columns)
+            across = min(max(math.ceil(width / columns), math.ceil(down / 2)), width)
             length = max(down, across) / min(down, across)
             found.append((length > 2, -rows * math.ceil(width / across), length, down, across))
-    return min(found)[-2:]
+    return found
 
 
 def coarse_indices(plan: ContextPlan, device: torch.device) -> Tensor:
