@@ -48,8 +48,7 @@ class FrozenBranch:
 
         def steer(x: Tensor, timesteps: Tensor, context: Tensor, options: dict) -> list[Pair]:
             repeated = hint.repeat(len(x) // len(sources))
-            level = {name: options[name] for name in ("sigmas",) if name in options}
-            own = {**level, **(inner or {})}
+            own = {"sigmas": options.get("sigmas"), **(inner or {})}  # what a student's grids are moved by
             return [pair.scale(strength) for pair in branch(x, repeated, timesteps, context, own)]
 
         return control_options(steer)
