@@ -47,5 +47,7 @@ def describe_presets(measured: dict[str, Any]) -> str:
             line += "; " + ", ".join(f"{size} {speedup:.2f}x" for size, speedup in speeds.items())
         if "psnr" in figures:
             line += f"; {figures['psnr']:.1f} dB"
+        if "psnr_training_free" in figures:
+            line += f", {figures['psnr_training_free']:.1f} dB without a student"
         lines.append(line)
     return "\n".join([*lines, *measured["presets"].get("notes", [])])

@@ -108,7 +108,8 @@ def test_measured_figures_are_renewed_and_others_kept(tmp_path):
     evaluation.write_text(json.dumps({"rows": {**rows, "teacher": {}}}))
     merged = merge(old, [document], read_pictures(evaluation), "command")
     assert merged["layers"][0] == other and merged["layers"][1]["device"] == "cuda"
-    assert merged["presets"]["fast"] == {"speed": {"512": 2.5}, "training_free": True, "psnr": 40.0}
+    pictures = {"psnr": 40.0, "psnr_training_free": 30.0}
+    assert merged["presets"]["fast"] == {"speed": {"512": 2.5}, "training_free": True, **pictures}
     assert merged["presets"]["quality"] == {"psnr": 30.0}, "its speed was of another run than the note names"
     assert [note.split(":")[0] for note in merged["presets"]["notes"]] == ["Speed", "Pictures"]
     assert "old" not in str(merged["presets"]["notes"])

@@ -18,7 +18,8 @@ from .report import FORMAT, VERSION, name_machine
 
 OUT = PACK / "nodes" / "measured.json"
 SIZES = ("512x512", "768x768", "1024x1024", "2048x2048")
-FIGURES = ("speed", "training_free", "psnr")  # of a preset; speeds are those of a shortened step
+PICTURES = ("psnr", "psnr_training_free")
+FIGURES = ("speed", "training_free", *PICTURES)  # of a preset; speeds are those of a shortened step
 
 
 def read_result(path: Path) -> dict[str, Any]:
@@ -86,13 +87,15 @@ def list_speeds(document: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def read_pictures(path: Path) -> dict[str, dict[str, float]]:
-    """By preset the student's median `psnr` to the original's pictures, from an evaluation's JSON."""
-    rows, found = json.loads(path.read_text(encoding="utf-8"))["rows"], {}
+    """By preset the median PSNR to the original's pictures, of the student and without it, from an evaluation's JSON."""
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    found: dict[str, dict[str, float]] = {}
     presets = import_from_pack("dha.presets").PRESETS
     for name, row in rows.items():
         _, _, preset = name.rpartition(", preset ")
-        if preset in presets and "training-free" not in name:
-            found[preset] = {"psnr": round(row["psnr"], 1)}
+        if preset in presets:
+            figure = PICTURES["training-free" in name]
+            found.setdefault(preset, {})[figure] = round(row["psnr"], 1)
     return found
 
 
@@ -111,13 +114,13 @@ def merge(
         if table["rows"]:
             tables[table["device"], table["dtype"], table["machine"]] = table
         if speeds := list_speeds(document):
-            others = {name: {k: v for k, v in f.items() if k == "psnr"} for name, f in presets.items()}
+            others = {name: {k: v for k, v in f.items() if k in PICTURES} for name, f in presets.items()}
             presets = {name: {**others.get(name, {}), **speeds.get(name, {})} for name in {**others, **speeds}}
             notes = [line for line in notes if not line.startswith("Speed:")] + [describe_speed(table, speeds)]
     for name, figures in pictures.items():
         presets.setdefault(name, {}).update(figures)
     if pictures:
-        note = "Pictures: PSNR to the original's, of the mini SD-2.1's student."
+        note = "Pictures: PSNR to the original's, of the mini SD-2.1 at 128x128 with its student."
         notes = [line for line in notes if not line.startswith(("Error:", "Pictures:"))] + [note]
     shown = {**order(presets), **({"notes": notes} if notes else {})}
     return {"format": kept["format"], "command": command, "layers": list(tables.values()), "presets": shown}
