@@ -3,6 +3,8 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .routing import to_picture
+
 REACH = 3  # tokens across the neighbourhood
 
 
@@ -25,5 +27,5 @@ class LocalMix(nn.Module):
     def forward(self, x: Tensor, emb: Tensor, height: int, width: int) -> Tensor:
         """y = W_up SiLU(conv(W_down x * (1 + W_gate SiLU(emb)))), x and y (B, height*width, C), emb (B, E)."""
         low = self.down(x) * (1 + self.gate(F.silu(emb)))[:, None]
-        picture = low.transpose(1, 2).unflatten(2, (height, width))
-        return self.up(F.silu(self.mix(picture)).flatten(2).transpose(1, 2))
+        mixed = self.mix(to_picture(low, height, width))
+        return self.up(F.silu(mixed).flatten(2).transpose(1, 2))

@@ -7,13 +7,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from dha.config import ConfigError, DHAConfig
 from dha.hybrid import HybridSite
 from dha.memory import Memory
 from dha.patch import plain_attention
 from dha.reference import attend_hybrid
-from dha.routing import ContextPlan, plan_context
+from dha.routing import ContextPlan, plan_context, to_picture
 
 CHANNELS, HEADS, EMBEDDING = 32, 2, 24
 
@@ -158,3 +159,10 @@ def test_a_retired_setting_is_passed_over_where_it_changed_nothing_and_refused_e
     assert DHAConfig.from_json(json.dumps({**values, "memory": 0, "gather": False})) == DHAConfig()
     with pytest.raises(ConfigError, match="'gather' is False, expected true"):
         DHAConfig.from_json(json.dumps({**values, "gather": False}))
+
+
+def test_a_single_picture_is_laid_out_as_kernels_want_it():
+    """Channels last as far as PyTorch sees it: what it makes of such a picture has that layout too."""
+    for batch in (1, 2):
+        pooled = F.avg_pool2d(to_picture(torch.randn(batch, 12 * 10, 8), 12, 10), 2)
+        assert pooled.stride()[1:] == (1, 5 * 8, 8)
