@@ -87,7 +87,7 @@ def list_speeds(document: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def read_pictures(path: Path) -> dict[str, dict[str, float]]:
-    """By preset the median PSNR to the original's pictures, of the student and without it, from an evaluation's JSON."""
+    """By preset the median PSNR to the original, with the student and without it, from an evaluation's JSON."""
     rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
     found: dict[str, dict[str, float]] = {}
     presets = import_from_pack("dha.presets").PRESETS
