@@ -10,6 +10,7 @@ import weakref
 import pytest
 import torch
 from conftest import ROOT, TRAINED, relate
+from torch._dynamo.testing import CompileCounter
 
 from dha.checkpoint import load_student
 from dha.patch import make_patches, plain_attention
@@ -254,20 +255,26 @@ def test_window_asks_the_device_once_a_step(studio, pack):
 
 @pytest.mark.parametrize("trained", [False, True], ids=["training-free", "student"])
 def test_a_block_compiles_into_one_graph(studio, student, trained):
-    """Within a window, too: whether the step is ours is decided before the UNet is entered."""
+    """Within a window, too: whether a step is ours is decided before the UNet is entered. Moving grids need none."""
     patched = studio.apply(student=student if trained else None, end=0.5)
     block = patched.model.diffusion_model.input_blocks[1][1].transformer_blocks[0]
     shared = patched.model_options["transformer_options"]
     x, emb, text = torch.randn(2, 256, 32), torch.randn(2, 128), torch.randn(2, 77, 128)
 
-    def run(x, emb, text, active):
-        options = {**shared, "block": ("input", 1), "activations_shape": [2, 32, 16, 16], "dha_window": active}
+    def run(x, emb, text, active, level):
+        place = {"block": ("input", 1), "activations_shape": [2, 32, 16, 16]}
+        options = {**shared, **place, "dha_window": active, "sigmas": level}
         for patch in shared["patches"]["emb_patch"]:
             emb = patch(emb, 32, options)
         return block(x, context=text, transformer_options=options)
 
-    compiled = torch.compile(run, backend="eager", fullgraph=True)
+    counter = CompileCounter()
+    compiled = torch.compile(run, backend=counter, fullgraph=True)
+    first, second = torch.tensor([2.0]), torch.tensor([0.7])
     with torch.no_grad():
-        for active in (True, False):
-            torch.testing.assert_close(compiled(x, emb, text, active), run(x, emb, text, active))
-        assert relate(run(x, emb, text, True), run(x, emb, text, False)) > 1e-5
+        for level in (first, second):
+            torch.testing.assert_close(compiled(x, emb, text, True, level), run(x, emb, text, True, level))
+        assert counter.frame_count == 1
+        torch.testing.assert_close(compiled(x, emb, text, False, first), run(x, emb, text, False, first))
+        for other in (run(x, emb, text, False, first), run(x, emb, text, True, second)):
+            assert relate(run(x, emb, text, True, first), other) > 1e-5
