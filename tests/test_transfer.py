@@ -72,3 +72,34 @@ def test_attention_transfer_lowers_the_error_of_every_layer(teacher, corpus):
         optimizer.step()
     assert len([name for name in first if not name.endswith("/routing")]) == 5
     assert all(losses[name].item() < value for name, value in first.items())
+
+
+def test_what_two_grids_have_in_common_counts_whole_and_the_rest_for_its_spread():
+    from dkd_trainer.engine.transfer import joint_error, relative_error
+
+    generator = torch.Generator().manual_seed(2)
+    target = torch.randn(3, 8, 16, generator=generator)
+    stays, changes = torch.zeros_like(target), torch.zeros_like(target)
+    stays[..., 0], changes[..., 1] = 0.3, 0.5
+    outputs = [target + stays + changes, target + stays - changes]
+    energy = target.flatten(1).square().sum(1)
+    squares = [(part.flatten(1).square().sum(1) / energy).mean() for part in (stays, changes)]
+    for spread in (0.0, 0.1, 1.0):
+        # two grids whose errors are opposite: their product is what stays less what changes
+        expected = squares[0] + (2 * spread - 1) * squares[1]
+        torch.testing.assert_close(joint_error(outputs, target, spread), expected)
+    torch.testing.assert_close(joint_error(outputs[:1], target, 0.1), relative_error(outputs[0], target))
+
+
+def test_a_spread_makes_every_layer_look_at_two_grids(teacher, monkeypatch):
+    from dkd_trainer.engine import transfer
+
+    student = Student(CONFIG, teacher.architecture).start()
+    inputs = torch.randn(2, 4, 16, 16), torch.tensor([100, 900]), teacher.encode_prompts(["octopus", "red apple"])
+    seen, compare = [], transfer.joint_error
+    monkeypatch.setattr(transfer, "joint_error", lambda o, *rest: seen.append(list(o)) or compare(o, *rest))
+    for spread, count in ((1.0, 1), (0.1, 2)):
+        seen.clear()
+        transfer.transfer_losses(teacher, student, *inputs, seed=3, spread=spread)
+        assert [len(outputs) for outputs in seen] == [count] * 5
+    assert not any(torch.equal(*outputs) for outputs in seen)
