@@ -40,9 +40,12 @@ def test_the_host_computes_what_the_equations_say(studio, student):
         sigma = torch.full((2,), 2.0)
         noisy, t = sampling.calculate_input(sigma, x), sampling.timestep(sigma).float()
         hint = branch.embed_hint(filter_band(studio.model.model.process_latent_in(source), "low"))
-        own = make_patches(make_student(studio.architecture), plain_attention).as_options()
+        own, options = (
+            make_patches(make_student(studio.architecture), plain_attention).as_options() | {"sigmas": sigma}
+            for _ in range(2)
+        )
         pairs = [pair.scale(0.6) for pair in branch(noisy, hint, t, context, own)]
-        options = apply_pairs(make_patches(make_student(studio.architecture), plain_attention).as_options(), pairs)
+        options = apply_pairs(options, pairs)
         expected = sampling.calculate_denoised(sigma, unet(noisy, t, context, transformer_options=options), x)
     assert relate(predict(steer(studio, loaded, source, dha, strength=0.6), x, context), expected) > 1e-3
     assert relate(predict(model, x, context), expected) < 2e-3, "more than fp16 in the student's file explains"

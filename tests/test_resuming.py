@@ -97,8 +97,8 @@ def test_a_loss_that_is_no_number_stops_the_training_before_it_spoils_the_state(
 
     imitate = stages.imitation_losses
 
-    def spoil(*arguments):
-        return {name: value * float("nan") for name, value in imitate(*arguments).items()}
+    def spoil(*arguments, **named):
+        return {name: value * float("nan") for name, value in imitate(*arguments, **named).items()}
 
     monkeypatch.setattr(stages, "imitation_losses", spoil)
     settings = make_settings()
