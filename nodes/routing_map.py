@@ -40,7 +40,6 @@ class Recorder:
     size: tuple[int, int]
     plan: ContextPlan | None = None
     layers: set[str] = field(default_factory=set)
-    is_routed: bool = False
     partial: int = 0
     calls: list[torch.Tensor] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
@@ -66,7 +65,6 @@ class Recorder:
         if grid is not None:
             found[0, grid.cpu()] = 1
         if chosen is not None:
-            self.is_routed = True
             found[:, chosen[rows.index(0) * len(chosen) // len(rows)].cpu()] = 1
         self.calls.append(found.view(2, *self.size))
 
@@ -222,7 +220,7 @@ def describe(recorder: Recorder) -> dict[str, Any]:
     return {
         "tokens": plan.tokens,
         "grid": plan.coarse,
-        "chosen": plan.chosen if recorder.is_routed else 0,
+        "chosen": plan.chosen,
         "layers": len(recorder.layers),
         "steps": len(recorder.steps),
         "ever_answered": (kept.amax(0) > 0).float().mean().item(),

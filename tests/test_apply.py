@@ -255,7 +255,10 @@ def test_window_asks_the_device_once_a_step(studio, pack):
 
 @pytest.mark.parametrize("trained", [False, True], ids=["training-free", "student"])
 def test_a_block_compiles_into_one_graph(studio, student, trained):
-    """Within a window, too: whether a step is ours is decided before the UNet is entered. Moving grids need none."""
+    """Within a window, too: whether a step is ours is decided before the UNet is entered.
+
+    Grids that move from step to step need no graph of their own.
+    """
     patched = studio.apply(student=student if trained else None, end=0.5)
     block = patched.model.diffusion_model.input_blocks[1][1].transformer_blocks[0]
     shared = patched.model_options["transformer_options"]

@@ -61,8 +61,9 @@ def imitation_losses(
     losses: dict[str, Tensor] = {}
     runs = list_runs(student, batch, spread)
     if steer is not None:
-        (led, runs[0], losses), *others = [steer(inputs, options) for options in runs]
-        runs[1:] = [options for _, options, _ in others]
+        steered = [steer(inputs, options) for options in runs]
+        led, _, losses = steered[0]
+        runs = [options for _, options, _ in steered]
     with torch.no_grad(), keep_blocks(teacher.unet, blocks[0]):
         target = teacher.predict(*inputs, shown.add_to(led) if wants_attention else led)
     with recompute_layers(teacher.unet, checkpointing):

@@ -157,13 +157,7 @@ def list_parts(attention: nn.Module, site: nn.Module, x: Tensor, emb: Tensor, pl
     hybrid = import_from_pack("dha.hybrid")
     yield "layer", partial(run_hybrid, attention, site, x, emb, plan, grid)
     yield "context", partial(lambda: site.build_context(x, emb, plan, grid).keys)
-    chosen = None
-    if plan.chosen:
-        scores = site.router(x, emb)
-        chosen = scores.topk(plan.chosen, dim=1, sorted=False).indices
-        yield "context: scores", partial(site.router, x, emb)
-        yield "context: choice", lambda: scores.topk(plan.chosen, dim=1, sorted=False).values
-    yield "context: gathering", partial(hybrid.take_tokens, x, chosen, grid)
+    yield "context: gathering", partial(hybrid.take_tokens, x, None, grid)
     keys, values, weights, _ = site.build_context(x, emb, plan, grid)
     if site.local is not None:
         yield "local branch", partial(site.local, x, emb, plan.height, plan.width)
