@@ -1,19 +1,24 @@
 """SD-2.1's noise schedule, its training targets and a plain Euler sampler."""
 
+from functools import cache
+
 import torch
 
+CPU = torch.device("cpu")
 TIME_BANDS = ((0, 100), (100, 300), (300, 600), (600, 1000))  # detail is decided in the first, composition in the last
 
 
-def alphas_cumprod() -> torch.Tensor:
-    """Signal power per timestep (1000,), SD's scaled-linear schedule."""
-    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
-    return (1 - betas).cumprod(0).float()
+@cache
+def alphas_cumprod(device: torch.device = CPU) -> torch.Tensor:
+    """Signal power per timestep (1000,), SD's scaled-linear schedule; computed once for a device."""
+    with torch.inference_mode(False):  # it outlives the forward that asks first
+        betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+        return (1 - betas).cumprod(0).float().to(device)
 
 
 def noise_levels(t: torch.Tensor) -> torch.Tensor:
     """Sigmas (B,) of integer timesteps t (B,), as ComfyUI counts noise: sqrt((1 - a_t) / a_t)."""
-    a = alphas_cumprod().to(t.device)[t.long()]
+    a = alphas_cumprod(t.device)[t.long()]
     return ((1 - a) / a).sqrt()
 
 

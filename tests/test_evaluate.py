@@ -238,6 +238,18 @@ def test_step_times_are_relative_to_the_first_subject_and_count_pairs(teacher):
     assert second["attention_pairs"] == pytest.approx((whole - 5 * 64 * 48) / whole)
 
 
+def test_fewer_steps_count_as_a_share_of_the_samplings_time(teacher):
+    from dkd_trainer.evidence.peers import list_fewer_steps
+    from dkd_trainer.evidence.stopwatch import time_subjects
+    from dkd_trainer.evidence.subject import Subject
+
+    fewer = list_fewer_steps(25)
+    assert [subject.steps for subject in fewer] == [16, 12, 10, 8] and all(subject.is_teacher for subject in fewer)
+    times = time_subjects(teacher, [Subject("teacher", "teacher"), fewer[0]], 64, 2, 5, sampling=25)
+    assert times["teacher, 16 steps"]["attention_pairs"] == pytest.approx(0.64)
+    assert times["teacher, 16 steps"]["relative"] < 0.9  # the same step, which a busy machine disturbs
+
+
 def test_official_is_given_the_sparsity_that_costs_as_much():
     student = DHAConfig(memory=8, rank=8, router_width=32)
     cost = count_cost(student, 16, 32)

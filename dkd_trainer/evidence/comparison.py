@@ -102,7 +102,8 @@ class Comparison:
             teacher, name = Teacher(args.time_checkpoint, teacher.device), args.time_checkpoint.name
         settings = {"checkpoint": name, "architecture": teacher.architecture.label, "batch": 2, "rounds": args.rounds}
         sizes = args.time_size or [args.size]
-        return [{**settings, "size": s, "subjects": time_subjects(teacher, timed, s, 2, args.rounds)} for s in sizes]
+        how = {"batch": 2, "rounds": args.rounds, "sampling": args.steps}
+        return [{**settings, "size": s, "subjects": time_subjects(teacher, timed, s, **how)} for s in sizes]
 
     def report(self, students: list[Path], note: str = "") -> Report:
         """All there is to say, with the real pictures as the last row."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from ..host import ROOT
 from .commands import parse_share, run_command
 from .comparison import Comparison, add_arguments
-from .peers import list_peers
+from .peers import list_fewer_steps, list_peers
 from .report import write_report
 from .students import list_students, peer_levels, read_students
 from .subject import Subject, list_null_band
@@ -39,7 +39,7 @@ def list_subjects(args: argparse.Namespace, comparison: Comparison) -> list[Subj
     subjects = list_null_band(args.steps, comparison.teacher.device)
     subjects += list_students(students, args.budgets, args.ends, args.presets)
     if not args.no_peers:
-        subjects += list_peers(peer_levels(students))
+        subjects += list_fewer_steps(args.steps) + list_peers(peer_levels(students))
     names = [subject.name for subject in subjects]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"{twice[0]!r} would stand for two subjects; rename one of the files")

@@ -1,4 +1,4 @@
-"""What a user could pick instead of a student: ComfyUI's own ToMe and HyperTile, and shorter keys without training."""
+"""What a user could pick instead of a student: ComfyUI's own ToMe and HyperTile, shorter keys, and fewer steps."""
 
 from ..host import Teacher
 from .contexts import builder_options, pool_keys, removed_options, stride_keys, window_options
@@ -7,6 +7,7 @@ from .subject import Build, Subject
 STRIDES = (2, 3, 4)
 PARTS = (2, 4)  # tiles and windows a side
 TOME_RATIOS = (0.25, 0.5, 0.75)
+STEP_SHARES = (0.64, 0.48, 0.4, 0.32)  # of the sampling's steps
 
 
 def list_peers(levels: tuple[int, ...]) -> list[Subject]:
@@ -19,6 +20,12 @@ def list_peers(levels: tuple[int, ...]) -> list[Subject]:
         *(hypertile(levels, parts) for parts in PARTS),
         removed(levels),
     ]
+
+
+def list_fewer_steps(steps: int) -> list[Subject]:
+    """The teacher itself with parts of `steps`: the simplest way to save time."""
+    counts = dict.fromkeys(max(1, round(share * steps)) for share in STEP_SHARES)
+    return [Subject(f"teacher, {n} steps", "teacher, fewer steps", label=f"{n} steps", steps=n) for n in counts]
 
 
 def percent(share: float) -> str:

@@ -72,9 +72,9 @@ def choose_figure(rows: dict[str, Row], names: Iterable[str]) -> tuple[Column, d
     """By what subjects are compared, and their values: the pictures' distance, without it the prediction's error.
 
     By error what stops before the end is left out: where it is exact it would win whole bands of timesteps for less
-    than that many steps. What has neither is the teacher.
+    than that many steps, and fewer steps have none. What has neither is the teacher.
     """
-    found = {name: rows[name] for name in names if rows[name].get("error mean")}
+    found = {name: rows[name] for name in names if rows[name].keys() & {"error mean", "perceptual"}}
     if all("perceptual" in row for row in found.values()):
         return PERCEPTUAL, {name: row["perceptual"] for name, row in found.items()}
     return ERROR, {name: row["error mean"] for name, row in found.items() if errs_throughout(row)}
@@ -131,7 +131,7 @@ def tabulate_time(report: Report, timing: dict, equal: dict[str, dict]) -> tuple
     title = (
         f"One UNet step of {timing['checkpoint']} ({timing['architecture']}) at {timing['size']}x{timing['size']}, "
         f"batch {timing['batch']}, {timing['rounds']} rounds in turn; the mean over a sampling where DHA stops before "
-        "its end"
+        "its end, and for fewer steps their time over as many steps as the others take"
     )
     by, _ = choose_figure(report.rows, timing["subjects"])
     best = f"best peer at this time or more, by {'error' if by is ERROR else 'perceptual distance'}"

@@ -24,12 +24,15 @@ def wait(device: torch.device) -> None:
 
 
 @torch.inference_mode()
-def time_subjects(teacher: Teacher, subjects: Sequence[Subject], size: int, batch: int, rounds: int) -> dict[str, dict]:
+def time_subjects(
+    teacher: Teacher, subjects: Sequence[Subject], size: int, batch: int, rounds: int, sampling: int | None = None
+) -> dict[str, dict]:
     """Per subject: `seconds` a step with quartiles, `relative` to the first subject, and its `attention_pairs`.
 
-    Where a subject stops before the end of a sampling they are means over all of its steps. Medians over rounds, after
-    an uncounted step each; `relative` is that of laps of the same round, pairs of query and key are a share of the
-    first subject's in all attentions. `size` in pixels, `batch` rows of a UNet call.
+    Where a subject stops before the end of a sampling they are means over all of its steps, and where it takes fewer
+    steps than the others' `sampling` of them its time is spread over as many. Medians over rounds, after an uncounted
+    step each; `relative` is that of laps of the same round, pairs of query and key are a share of the first subject's
+    in all attentions. `size` in pixels, `batch` rows of a UNet call.
     """
     side = size // 8
     generator = torch.Generator().manual_seed(1)
@@ -60,9 +63,9 @@ def time_subjects(teacher: Teacher, subjects: Sequence[Subject], size: int, batc
     base, whole = laps[subjects[0].name], pairs[subjects[0].name]
     found = {}
     for name, running in runs.items():
-        end = running.subject.end
-        mean = [mix_steps(end, own, exact) for own, exact in zip(laps[name], base, strict=True)]
-        found[name] = describe(mean, base, mix_steps(end, pairs[name] / whole, 1.0))
+        end, share = running.subject.end, (running.subject.steps or sampling or 1) / (sampling or 1)
+        mean = [share * mix_steps(end, own, exact) for own, exact in zip(laps[name], base, strict=True)]
+        found[name] = describe(mean, base, share * mix_steps(end, pairs[name] / whole, 1.0))
     return found
 
 

@@ -20,6 +20,7 @@ from .subject import Subject
 
 TRAINING_FREE = "DHA, training-free"
 MIDDLE = "preset balanced"
+UNCAPPED = 1 << 30  # keys: a share stays that share where large pictures are timed
 
 
 def read_students(files: list[Path], teacher: Teacher) -> dict[Path, Student]:
@@ -47,14 +48,14 @@ class Spending(NamedTuple):
 
 
 def spend_budget(budget: float) -> Spending:
-    """A share of the keys, in all steps."""
-    return Spending(f"{100 * budget:.4g} % of the keys", "", percent(budget), Preset(budget, None))
+    """A share of the keys, in all steps and at every size."""
+    return Spending(f"{100 * budget:.4g} % of the keys", "", percent(budget), Preset(budget, UNCAPPED))
 
 
 def spend_until(budget: float, end: float) -> Spending:
     """A share of the keys in the steps before `end`, all keys in those after it."""
     name = f"{spend_budget(budget).name} until {100 * end:.4g} %"
-    return Spending(name, ", exact in the end", percent(end), Preset(budget, None, end))
+    return Spending(name, ", exact in the end", percent(end), Preset(budget, UNCAPPED, end))
 
 
 def list_spendings(own: float, budgets: list[float] | None, ends: list[float], presets: bool) -> list[Spending]:
