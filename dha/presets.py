@@ -36,6 +36,8 @@ def mix_steps(end: float, shortened: float, exact: float) -> float:
     return end * shortened + (1 - end) * exact
 
 
+NO_CAP = 1 << 30  # keys: a share of the tokens stays that share at every size
+
 # The caps are reached at 768x768, 9216 tokens at the finest level. With a share of the tokens the error halves when the
 # sides double, with a number of them it grows by two fifths: up to 2048x2048 it stays below that at 512x512.
 PRESETS = {

@@ -10,8 +10,8 @@ from comfy_api.latest import io
 
 from ..dha.checkpoint import check_architecture
 from ..dha.config import DHAConfig
-from ..dha.patch import Patches, make_patches
-from ..dha.presets import PRESETS, Preset
+from ..dha.patch import Patches, Planner, make_patches
+from ..dha.presets import NO_CAP, PRESETS, Preset
 from ..dha.sites import read_architecture
 from ..dha.student import Student
 from .load import DHA_STUDENT, LoadedStudent
@@ -20,7 +20,7 @@ from .measured import describe_presets, find_payoff, read_measured
 KEY = "dha"  # under which our mark, our wrapper and our weights are kept in a model patcher
 PATCHES = "dha_patches"  # key in transformer_options of a student's `Patches`, for a control's branch to run with too
 WINDOW = "dha_window"  # key in transformer_options under which a forward learns whether its step is ours
-CUSTOM = "custom"
+CUSTOM, NEW = "custom", "balanced"  # a preset's place where token_budget says it, and what a new node stands on
 LEVELS = {"auto": None, "finest": (0,), "two finest": (0, 1), "three finest": (0, 1, 2), "all": (0, 1, 2, 3)}
 TRAINING_FREE = DHAConfig(levels=(0, 1))
 
@@ -79,11 +79,11 @@ class ApplyDHA(io.ComfyNode):
                     optional=True,
                     tooltip="From Load DHA Student. Without it the model is sped up untrained, less exactly.",
                 ),
-                # Last and optional: graphs from before it was there keep their values.
+                # Optional: a graph in API format that names a token_budget and no preset gets its budget.
                 io.Combo.Input(
                     "preset",
                     options=[CUSTOM, *PRESETS],
-                    default=CUSTOM,
+                    default=NEW,
                     optional=True,
                     tooltip=f"How much exactness to give for speed. {CUSTOM}: what token_budget says.\n"
                     + describe_presets(read_measured()),
@@ -96,7 +96,7 @@ class ApplyDHA(io.ComfyNode):
     def execute(
         cls, model, levels, token_budget, start_percent, end_percent, student=None, preset=CUSTOM
     ) -> io.NodeOutput:
-        spending = PRESETS.get(preset, Preset(token_budget, max_tokens=None))
+        spending = PRESETS.get(preset, Preset(token_budget, NO_CAP))
         if spending.token_budget == 0 or start_percent >= end_percent:
             return io.NodeOutput(model)
         return io.NodeOutput(apply_student(model, student, LEVELS[levels], spending, start_percent, end_percent))
@@ -134,6 +134,9 @@ def apply_student(model, loaded: LoadedStudent | None, levels, spending: Preset,
     settings = (spending.token_budget, levels, active, frozenset(taken), spending.max_tokens, pays)
     patches = make_patches(student, attend, *settings)
     install(patched, patches)
+    if pays is not None and student.config.mode == "hybrid":
+        planner = Planner(student, spending.token_budget, spending.max_tokens, pays)
+        patched.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, say_if_nothing_pays(planner))
     attributes = student.list_attributes(patches.blocks)
     set_attributes(patched, attributes, active is not None)
     patched.model_options["transformer_options"][KEY] = student.config.to_json()
@@ -200,6 +203,26 @@ def ask_ahead(patched, is_active: Callable[[dict], bool]) -> Callable[[dict], bo
 
     patched.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, note)
     return lambda options: options.get(WINDOW, True)
+
+
+def say_if_nothing_pays(planner: Planner) -> Callable:
+    """A wrapper of whole samplings: a user whose picture is too small for a gain is told, and what to do about it."""
+    student = planner.student
+    channels = {site.level: student.architecture.channels[site.name] for site in student.list_sites()}
+
+    def say(executor, noise, *args, **kwargs):
+        height, width = noise.shape[-2:]
+        sides = {level: (-(-height >> level), -(-width >> level)) for level in channels}
+        if not any(planner.plan(*sides[level], channels[level]) for level in channels):
+            logging.info(
+                "Apply DHA: at %dx%d no layer is known to get faster on this device, so nothing changes. Draw a larger "
+                "picture, or set levels to 'two finest' to try.",
+                8 * width,
+                8 * height,
+            )
+        return executor(noise, *args, **kwargs)
+
+    return say
 
 
 def find_replaced(model) -> set[tuple[str, int]]:

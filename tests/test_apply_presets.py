@@ -1,4 +1,4 @@
-"""Presets of Apply DHA in a real ComfyUI: what they stand for, where they end, what older graphs mean, and memory."""
+"""Presets of Apply DHA in a real ComfyUI: what they stand for, where they end, graphs without one, and memory."""
 
 import pytest
 import torch
@@ -29,14 +29,15 @@ def test_an_earlier_end_or_a_later_start_than_the_presets_counts(studio, student
     assert apply_preset(studio, student, "quality", start=0.8) is studio.model
 
 
-def test_graphs_from_before_the_presets_mean_what_they_meant(studio):
-    """The new input comes last and is optional; its default is what the stored token budget says."""
+def test_a_new_node_is_balanced_and_a_graph_without_a_preset_gets_its_token_budget(studio, student):
     node = studio.host.nodes.NODE_CLASS_MAPPINGS["ApplyDHA"]
     inputs = node.INPUT_TYPES()
     assert list(inputs["required"]) == ["model", "levels", "token_budget", "start_percent", "end_percent"]
     assert list(inputs["optional"]) == ["student", "preset"]
     kind, options = inputs["optional"]["preset"]
-    assert options["default"] == "custom" and "balanced: 12.5 % of the tokens" in options["tooltip"]
+    assert options["default"] == "balanced" and "balanced: 12.5 % of the tokens" in options["tooltip"]
+    named = studio.apply(student=student, budget=0.3)
+    assert torch.equal(studio.draw(named), studio.draw(apply_preset(studio, student, "custom")))
 
 
 @pytest.mark.parametrize("side", [256, 384])

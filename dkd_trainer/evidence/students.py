@@ -9,7 +9,7 @@ import torch
 
 from dha.checkpoint import check_architecture, load_student
 from dha.config import DHAConfig
-from dha.presets import PRESETS, Preset
+from dha.presets import NO_CAP, PRESETS, Preset
 from dha.student import Student
 
 from ..engine.imitation import student_options
@@ -20,7 +20,6 @@ from .subject import Subject
 
 TRAINING_FREE = "DHA, training-free"
 MIDDLE = "preset balanced"
-UNCAPPED = 1 << 30  # keys: a share stays that share where large pictures are timed
 
 
 def read_students(files: list[Path], teacher: Teacher) -> dict[Path, Student]:
@@ -49,13 +48,13 @@ class Spending(NamedTuple):
 
 def spend_budget(budget: float) -> Spending:
     """A share of the keys, in all steps and at every size."""
-    return Spending(f"{100 * budget:.4g} % of the keys", "", percent(budget), Preset(budget, UNCAPPED))
+    return Spending(f"{100 * budget:.4g} % of the keys", "", percent(budget), Preset(budget, NO_CAP))
 
 
 def spend_until(budget: float, end: float) -> Spending:
     """A share of the keys in the steps before `end`, all keys in those after it."""
     name = f"{spend_budget(budget).name} until {100 * end:.4g} %"
-    return Spending(name, ", exact in the end", percent(end), Preset(budget, UNCAPPED, end))
+    return Spending(name, ", exact in the end", percent(end), Preset(budget, NO_CAP, end))
 
 
 def list_spendings(own: float, budgets: list[float] | None, ends: list[float], presets: bool) -> list[Spending]:
