@@ -74,5 +74,6 @@ class OfficialSite(nn.Module):
         if emb is None:
             return self.sa_attn(x)
         index = self.choose(x, emb)[..., None].expand(-1, -1, x.shape[-1])
-        sparse = torch.zeros_like(x).scatter(1, index, self.sa_attn(x.gather(1, index)))
+        found = self.sa_attn(x.gather(1, index)).to(x.dtype)  # autocast lowers it, and scatter promotes nothing
+        sparse = torch.zeros_like(x).scatter(1, index, found)
         return self.ea_attn(x) + self.global_alpha.to(x).sigmoid() * sparse

@@ -48,3 +48,16 @@ def test_published_external_attention_is_reproduced_alone():
 def test_unknown_routing_is_refused_by_name():
     with pytest.raises(ValueError, match="'random'"):
         OfficialSite(64, 256, 2, routing="random")
+
+
+def test_a_site_runs_in_lower_precision_on_an_input_that_is_not():
+    site = OfficialSite(64, 32, 2)
+    for parameter in site.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    x, emb = torch.randn(2, 35, 64), torch.randn(2, 32)  # a layer norm gives fp32 under CUDA's autocast
+    with torch.no_grad():
+        expected = site(x, emb)
+        with torch.autocast("cpu", torch.bfloat16):
+            lowered = site(x, emb)
+    assert lowered.dtype == torch.float32
+    assert torch.nn.functional.cosine_similarity(lowered.flatten(), expected.flatten(), dim=0) > 0.95
