@@ -187,6 +187,25 @@ def test_two_processes_have_the_losses_of_one(talking, command, whole, tmp_path)
         assert two[step] == pytest.approx(losses, rel=1e-3), step
 
 
+def test_two_processes_that_are_signalled_over_and_over_save_before_they_end(talking, command, tmp_path):
+    """As a scheduler does it: every process at once, and the launcher passes on its own signal."""
+    out = tmp_path / "two.safetensors"
+    settings = f"--nproc_per_node 2 --master_addr 127.0.0.1 --master_port {find_port()} -m dkd_trainer"
+    start = (sys.executable, "-m", "torch.distributed.run", *settings.split())
+    more = ["--set", "train.accumulation=1", "--transfer-steps", "2000", "--set", "output.save_every=5000"]
+    process = launch(command(out, *more, start=start), start_new_session=True)
+    try:
+        wait_for_step(process, out, 2)
+        os.killpg(process.pid, signal.SIGTERM)
+        output, _ = process.communicate(timeout=120)
+    except BaseException:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    journal = [json.loads(line) for line in (tmp_path / "two.work" / "journal.jsonl").read_text().splitlines()]
+    assert journal[-1]["event"] == "stop", output
+    assert (tmp_path / "two.work" / f"state-{journal[-1]['step']:08d}.pt").exists()
+
+
 def run_two_hosts(commands):
     """One training on two hosts of one process each, by a command each; what they printed, and their statuses."""
     ports = f"--nnodes 2 --nproc_per_node 1 --master_addr 127.0.0.1 --master_port {find_port()}".split()

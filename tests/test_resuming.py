@@ -1,5 +1,6 @@
 """A training stops and goes on to the bit, and whatever happens keeps what it has."""
 
+import json
 import os
 import signal
 
@@ -46,6 +47,63 @@ def test_resumed_training_equals_uninterrupted_training_to_the_bit(teacher, corp
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     steps = [entry["step"] for entry in read_journal(parts) if entry["event"] == "step"]
     assert steps == list(range(1, 9))
+
+
+def test_a_second_sigterm_does_not_end_a_run_that_is_about_to_save_but_a_second_sigint_does():
+    from dkd_trainer.engine.state import StopRequest
+
+    def end_at_once(number, _frame):
+        raise InterruptedError(number)
+
+    before = {number: signal.signal(number, end_at_once) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        with StopRequest() as stop:
+            for _ in range(3):
+                signal.raise_signal(signal.SIGTERM)
+            assert stop.number == signal.SIGTERM
+            signal.raise_signal(signal.SIGINT)
+            with pytest.raises(InterruptedError):
+                signal.raise_signal(signal.SIGINT)
+        with pytest.raises(InterruptedError):
+            signal.raise_signal(signal.SIGTERM)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def kill_at_sheet(monkeypatch, number):
+    """Let the sheet of that number end the run as a kill does: nothing is cleaned up."""
+    from dkd_trainer.engine.sheets import Examination
+
+    draw, drawn = Examination.draw_sheet, []
+
+    def draw_or_die(self, student):
+        drawn.append(student)
+        if len(drawn) == number:
+            raise SystemExit
+        return draw(self, student)
+
+    monkeypatch.setattr(Examination, "draw_sheet", draw_or_die)
+
+
+def test_a_run_that_is_killed_over_its_sheets_has_saved_and_looks_at_the_last_step_again(
+    teacher, corpus, make_settings, monkeypatch
+):
+    from dkd_trainer.engine.loop import train_student
+
+    settings = make_settings(watch__validate_every=2, watch__sheet_every=2, watch__pictures=1)
+    for sheet, state in ((1, 2), (2, 6)):  # its first; after it went on the last, of steps 4 and 6
+        with monkeypatch.context() as patched:
+            kill_at_sheet(patched, sheet)
+            with pytest.raises(SystemExit):
+                train_student(teacher, corpus, settings)
+        assert max(settings.work.glob("state-*.pt")).name == f"state-{state:08d}.pt" and not settings.out.exists()
+    train_student(teacher, corpus, settings)
+    journal = read_journal(settings)
+    assert [entry["step"] for entry in journal if entry["event"] == "sheet"] == [4, 6]
+    last = [entry for entry in journal if entry["event"] == "validation"][-1]
+    record = json.loads(settings.out.with_suffix(".json").read_text())
+    assert last["step"] == 6 and record["validation"] == last["errors"]
 
 
 def test_a_state_of_other_settings_is_not_continued(teacher, corpus, make_settings):

@@ -81,6 +81,7 @@ class Training:
         self.journal = Journal(settings.work / "journal.jsonl")
         self.losses: dict[str, float] = {}
         self.errors: dict[str, float] = {}
+        self.examined = False  # whether the last step was
         self.seconds = self.waited = self.pace = 0.0  # of all steps, waiting for batches, of a step lately
 
     def list_stages(self) -> list[Stage]:
@@ -116,6 +117,7 @@ class Training:
         self.balance = Balance(state["balance"])
         self.losses, self.errors = state["losses"], state["errors"]
         self.seconds, self.waited = state["seconds"], state["waited"]
+        self.examined = state["examined"]
         return state["step"]
 
     def load_state(self) -> dict[str, Any] | None:
@@ -127,7 +129,7 @@ class Training:
         if not self.processes.is_first:
             return
         weights = {name: to_cpu(getattr(self, name).state_dict()) for name in ("student", "average", "optimizer")}
-        values = {name: getattr(self, name) for name in ("losses", "errors", "seconds", "waited")}
+        values = {name: getattr(self, name) for name in ("losses", "errors", "seconds", "waited", "examined")}
         file = self.states.save(step, {**weights, **values, "balance": self.balance.sizes, "run": self.describe()})
         self.journal.write("save", step=step, file=file.name)
 
@@ -209,14 +211,19 @@ class Training:
                 self.seconds += time.perf_counter() - begun
                 if self.processes.is_first:
                     self.report(bar, board, stage, done, time.perf_counter() - begun)
-                if self.examination and not (stopped and done < settings.steps):  # who asks to stop need not wait
-                    self.examine(board, done)
                 if stopped or done % settings.output.save_every == 0 or done == settings.steps:
                     self.save(done)
                 if stopped and done < settings.steps:
                     if self.processes.is_first:
                         self.journal.write("stop", step=done)
+                    self.processes.hand_out(None)  # a launcher kills the others once one has ended: not while it writes
                     raise TrainingStopped(done, stop.number or signal.SIGTERM)
+                if self.examination and done < settings.steps:
+                    self.examine(board, done)
+            if self.examination and not self.examined:  # the state is saved: launchers give a process half a minute
+                self.examine(board, settings.steps)
+                self.examined = True
+                self.save(settings.steps)
         if self.processes.is_first:
             self.write_results()
         return self.average.eval()

@@ -74,7 +74,10 @@ def list_differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: 
 
 
 class StopRequest:
-    """Notes SIGINT and SIGTERM while it lasts, so that a step is never left half done; a second one ends at once."""
+    """Notes SIGINT and SIGTERM while it lasts, so that a step is never left half done; a second SIGINT ends at once.
+
+    A second SIGTERM says nothing new: schedulers signal every process, and torchrun passes on what it got itself.
+    """
 
     def __init__(self) -> None:
         self.number = 0
@@ -86,7 +89,8 @@ class StopRequest:
 
     def note(self, number: int, _frame: FrameType | None) -> None:
         self.number = number
-        signal.signal(number, self.before[number])
+        if number == signal.SIGINT:
+            signal.signal(number, self.before[number])
 
     def __exit__(self, *_error: object) -> None:
         for number, handler in self.before.items():
