@@ -26,6 +26,11 @@ def test_a_student_without_trained_parts_is_refused(prepare, make_settings):
         prepare(make_settings(**{f"student__{name}": value for name, value in parts.items()}))
 
 
+def test_a_student_of_other_norms_than_its_teacher_is_refused(prepare, make_settings):
+    with pytest.raises(ValueError, match=r"'student.norm_groups' is 4, expected 32.*can be imported and run"):
+        prepare(make_settings(preset="official", student__norm_groups=4))
+
+
 def test_bf16_trains_the_same_student_to_its_precision(prepare, make_settings):
     losses = []
     one_grid = {"transfer__spread": 1.0, "imitation__spread": 1.0}  # what two have in common is a small difference

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from dha.config import NORM_GROUPS
 from dha.student import Student
 
 from ..data.batches import Batch
@@ -76,7 +77,15 @@ def average_sites(by_site: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def list_stages(settings: Settings) -> list[Stage]:
-    """The stages that have steps, in order; raises SettingsError for one without losses, or with another mode's."""
+    """The stages that have steps, in order; raises SettingsError for one without losses, or with another mode's.
+
+    A student of other norms than its teacher's is refused as well: while it learns, both run through the same ones.
+    """
+    if settings.student.norm_groups != NORM_GROUPS:
+        raise SettingsError(
+            f"setting 'student.norm_groups' is {settings.student.norm_groups}, expected {NORM_GROUPS}, as the teacher "
+            "has: students of other norms can be imported and run, not trained"
+        )
     stages: list[Stage] = []
     for name in ("transfer", "imitation", "quality"):
         part = getattr(settings, name)
