@@ -1,18 +1,20 @@
 """Sampling as the core KSampler does it, timed and weighed without loading, text encoding or decoding."""
 
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
 import comfy.sample
+import comfy.samplers
 import comfy.utils
 import torch
 from comfy.patcher_extension import WrappersMP
 
-from .memory import count_weights, watch_peak
+from ..dha.peak import watch_peak
+from .memory import count_weights
 
-WARM_UP = 2  # steps of a whole schedule: its first and its last
+WARM_UP = 2  # steps of the schedule: its first and its last
 
 
 @dataclass
@@ -82,8 +84,13 @@ class Sampling:
     negative: list
     denoise: float
 
-    def run(self, model, latent: dict, callback) -> torch.Tensor:
-        """Sample as the core KSampler does; (B, C, H, W)."""
+    def find_levels(self, model) -> torch.Tensor:
+        """The noise levels (steps + 1,) that KSampler goes through."""
+        settings = (self.sampler_name, self.scheduler, self.denoise, model.model_options)
+        return comfy.samplers.KSampler(model, self.steps, model.load_device, *settings).sigmas
+
+    def run(self, model, latent: dict, callback, levels: torch.Tensor | None = None) -> torch.Tensor:
+        """Sample as the core KSampler does, or through other noise `levels` (steps + 1,); (B, C, H, W)."""
         samples = comfy.sample.fix_empty_latent_channels(model, latent["samples"])
         # Drawn anew for every run: it seeds the global generator too, which some samplers draw from.
         noise = comfy.sample.prepare_noise(samples, self.seed, latent.get("batch_index"))
@@ -99,6 +106,7 @@ class Sampling:
             samples,
             denoise=self.denoise,
             noise_mask=latent.get("noise_mask"),
+            sigmas=levels,
             callback=callback,
             disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
             seed=self.seed,
@@ -107,7 +115,18 @@ class Sampling:
 
 def count_steps(sampling: Sampling, models: int, repeats: int) -> int:
     """By how much `time_both` advances its progress bar."""
-    return models * (WARM_UP + repeats * sampling.steps)
+    return models * (min(WARM_UP, sampling.steps) + repeats * sampling.steps)
+
+
+def warm_up(sampling: Sampling, model, latent: dict, callback) -> None:
+    """The first and the last step of a sampling, or all where there are no more.
+
+    Apply DHA may leave the last ones exact, which take more memory, and under torch.compile are code of their own. They
+    have to be those of this very schedule: with fewer steps many a scheduler ends at another noise level.
+    """
+    levels = sampling.find_levels(model)
+    ends = torch.cat([levels[:1], levels[-2:]]) if len(levels) > WARM_UP + 1 else levels
+    sampling.run(model, latent, callback, ends)
 
 
 def time_both(
@@ -115,8 +134,7 @@ def time_both(
 ) -> tuple[dict[str, torch.Tensor], dict[str, Laps]]:
     """Run the models in turn `repeats` times; their samples and their laps by name.
 
-    Before that each takes a first and a last step uncounted: Apply DHA may leave the last ones exact, which take more
-    memory, and under torch.compile are code of their own.
+    Before that each takes a first and a last step uncounted.
     """
     watched = {name: attach_stopwatch(model) for name, model in models.items()}
 
@@ -125,7 +143,7 @@ def time_both(
         progress.update(1)
 
     for timed, _ in watched.values():
-        replace(sampling, steps=WARM_UP, denoise=1.0).run(timed, latent, advance)
+        warm_up(sampling, timed, latent, advance)
     samples = {}
     for _ in range(repeats):
         for name, (timed, _) in watched.items():
