@@ -4,7 +4,7 @@ import logging
 import weakref
 from collections.abc import Callable
 
-from comfy.ldm.modules.attention import attention_pytorch, optimized_attention
+from comfy.ldm.modules import attention
 from comfy.patcher_extension import WrappersMP
 from comfy_api.latest import io
 
@@ -126,9 +126,15 @@ def apply_student(model, loaded: LoadedStudent | None, levels, spending: Preset,
         logging.warning("Apply DHA: another node owns the self-attention of %s; these stay as they are.", sorted(taken))
     patched = model.clone()
     if student.config.mode == "hybrid":
-        end = min(end, spending.end)
-        if start >= end:
+        if start >= spending.end:
+            logging.warning(
+                "Apply DHA: start_percent %g does not come before the preset's own end, %g, so nothing changes. Lower "
+                "it, or choose fast, which has no end.",
+                start,
+                spending.end,
+            )
             return model
+        end = min(end, spending.end)
     active = None if (start, end) == (0.0, 1.0) else ask_ahead(patched, make_window(model, start, end))
     pays = find_payoff(model).pays if levels is None else None
     settings = (spending.token_budget, levels, active, frozenset(taken), spending.max_tokens, pays)
@@ -169,8 +175,11 @@ def set_attributes(patched, attributes: dict[str, int], windowed: bool) -> None:
 
 
 def attend(q, k, v, options, mask):
-    """The user's own attention kernel; where keys have weights, PyTorch's: some kernels silently ignore a mask."""
-    kernel = optimized_attention if mask is None else attention_pytorch
+    """Attention over q (B, N, C) and k, v (B, m, C) by the user's own kernel; with a mask (B, 1, 1, m) by PyTorch's.
+
+    Some kernels silently ignore a mask. They are looked up at every call, as ComfyUI does: other packs replace them.
+    """
+    kernel = attention.optimized_attention if mask is None else attention.attention_pytorch
     passed = {"transformer_options": options} if mask is None else {"mask": mask}
     return kernel(q, k, v, options["n_heads"], attn_precision=options.get("attn_precision"), **passed)
 
