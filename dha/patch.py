@@ -141,7 +141,7 @@ def make_patches(
     `attend(q, k, v, options, mask)` is the host's attention over (B, N, C), mask (B, 1, 1, m) added to logits or None.
     `token_budget`, `max_tokens` and `levels` override the student's own; `is_active(options)`, asked once per forward,
     switches it by timestep, `phase_of(options)` moves the grids, see `dha.dither`; blocks in `skip` are left alone, and
-    so is a layer where `pays(tokens, channels, keys)` is false.
+    so is, of mode `hybrid`, a layer where `pays(tokens, channels, keys)` is false.
     """
     chosen = student.config.levels if levels is None else levels
     planner = Planner(student, token_budget, max_tokens, pays)
@@ -160,13 +160,16 @@ def make_patches(
     def attn1_patch(n: Tensor, context: Tensor, value: Tensor, options: dict):
         block, step = options.get("block"), options.get(STEP)
         options.pop(STATE, None)
-        if step is None or block is None or block not in step.blocks or not is_whole(context, step.emb, options):
+        if step is None or block is None or block not in step.blocks:
             return n, context, value
         module, emb = student.site(sites[block]), step.emb
+        whole = is_whole(context, emb, options)
         if isinstance(module, OfficialSite):
-            if n.shape == context.shape:
-                options[STATE] = Call(module, output=module(n, emb))
-                return n, context[:, :1], value[:, :1]
+            if not whole or n.shape != context.shape:
+                raise refuse_parts(n, options)
+            options[STATE] = Call(module, output=module(n, emb))
+            return n, context[:, :1], value[:, :1]
+        if not whole:
             return n, context, value
         height, width = options["activations_shape"][-2:]
         number = numbers[block]
@@ -199,10 +202,7 @@ def make_patches(
         if call.output is None:
             return call.site.correct("out", out)
         if call.output.shape != out.shape:
-            raise RuntimeError(
-                f"a later patch tiled or merged queries to {tuple(out.shape)}, expected {tuple(call.output.shape)}; "
-                "students of mode 'official' bring their own attention: put HyperTile or ToMe before Apply DHA"
-            )
+            raise refuse_parts(out, options)
         return call.output
 
     def middle_patch(x: Tensor, options: dict) -> Tensor:
@@ -227,6 +227,16 @@ def is_whole(context: Tensor, emb: Tensor, options: dict) -> bool:
     """Whether the context still is one picture per time embedding: (B, H*W, C), not tiled or merged by others."""
     shape = options.get("activations_shape")
     return shape is not None and context.shape[0] == emb.shape[0] and context.shape[1] == shape[-2] * shape[-1]
+
+
+def refuse_parts(found: Tensor, options: dict) -> RuntimeError:
+    """What to raise where a student of mode `official` is given parts of a picture, which it was not trained for."""
+    shape = options.get("activations_shape", [])
+    return RuntimeError(
+        f"Apply DHA: at {options.get('block')} another node tiled or merged the tokens, {tuple(found.shape)} of a "
+        f"layer of {tuple(shape)}, expected all tokens of each picture; students of mode 'official' bring their own "
+        "attention: bypass HyperTile or ToMe, or set their depth so that they leave the student's levels alone"
+    )
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, options: dict, mask: Tensor | None) -> Tensor:
