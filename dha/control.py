@@ -22,7 +22,7 @@ class Pair(NamedTuple):
     mul: Tensor
 
     def scale(self, strength: float) -> "Pair":
-        return Pair(self.add * strength, self.mul * strength)
+        return self if strength == 1 else Pair(self.add * strength, self.mul * strength)
 
     def repeat(self, times: int) -> "Pair":
         """The batch `times` over: once for every half of classifier-free guidance."""

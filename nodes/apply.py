@@ -19,7 +19,6 @@ from .measured import describe_presets, find_payoff, read_measured
 
 KEY = "dha"  # under which our mark, our wrapper and our weights are kept in a model patcher
 PATCHES = "dha_patches"  # key in transformer_options of a student's `Patches`, for a control's branch to run with too
-WINDOW = "dha_window"  # key in transformer_options under which a forward learns whether its step is ours
 CUSTOM, NEW = "custom", "balanced"  # a preset's place where token_budget says it, and what a new node stands on
 LEVELS = {"auto": None, "finest": (0,), "two finest": (0, 1), "three finest": (0, 1, 2), "all": (0, 1, 2, 3)}
 TRAINING_FREE = DHAConfig(levels=(0, 1))
@@ -44,8 +43,8 @@ class ApplyDHA(io.ComfyNode):
                     options=list(LEVELS),
                     default="auto",
                     tooltip="Resolutions of the UNet to speed up. auto: those of the student (without one, the two "
-                    "finest) where it makes this picture size faster on this device. Nearly all of the cost is at the "
-                    "finest.",
+                    "finest) where it makes this picture size faster on this device; of an imported student, all of "
+                    "them. Nearly all of the cost is at the finest.",
                 ),
                 io.Float.Input(
                     "token_budget",
@@ -105,8 +104,8 @@ class ApplyDHA(io.ComfyNode):
 def apply_student(model, loaded: LoadedStudent | None, levels, spending: Preset, start: float, end: float):
     """A clone of the model that runs the student; raises ArchitectureError, StudentFileError or ValueError.
 
-    `levels` None are the student's own, each where it pays on this device. The preset's own end counts where it comes
-    before `end`, but for students of mode `official`, whose norms cannot change while it samples.
+    `levels` None are the student's own, of mode `hybrid` each where it pays on this device. The preset's own end counts
+    where it comes before `end`, but for students of mode `official`, whose norms cannot change while it samples.
     """
     architecture = read_architecture(model.model.diffusion_model.state_dict())
     if KEY in model.model_options["transformer_options"]:
@@ -135,7 +134,7 @@ def apply_student(model, loaded: LoadedStudent | None, levels, spending: Preset,
             )
             return model
         end = min(end, spending.end)
-    active = None if (start, end) == (0.0, 1.0) else ask_ahead(patched, make_window(model, start, end))
+    active = None if (start, end) == (0.0, 1.0) else ask_ahead(patched, make_window(model, start, end), KEY)
     pays = find_payoff(model).pays if levels is None else None
     settings = (spending.token_budget, levels, active, frozenset(taken), spending.max_tokens, pays)
     patches = make_patches(student, attend, *settings)
@@ -203,15 +202,19 @@ def make_window(model, start: float, end: float) -> Callable[[dict], bool]:
     return is_active
 
 
-def ask_ahead(patched, is_active: Callable[[dict], bool]) -> Callable[[dict], bool]:
-    """The same question, put before the UNet is entered: reading a number inside would break a compiled graph."""
+def ask_ahead(patched, is_active: Callable[[dict], bool], key: str) -> Callable[[dict], bool]:
+    """The same question, put before the UNet is entered: reading a number inside would break a compiled graph.
+
+    `key` is that of who asks: the answer travels in transformer_options under its own name.
+    """
+    window = f"{key}_window"
 
     def note(executor, x, t, concat, text, control, options, **kwargs):
-        options[WINDOW] = is_active(options)
+        options[window] = is_active(options)
         return executor(x, t, concat, text, control, options, **kwargs)
 
-    patched.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, note)
-    return lambda options: options.get(WINDOW, True)
+    patched.add_wrapper_with_key(WrappersMP.APPLY_MODEL, key, note)
+    return lambda options: options.get(window, True)
 
 
 def say_if_nothing_pays(planner: Planner) -> Callable:

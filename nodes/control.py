@@ -9,7 +9,7 @@ from comfy_api.latest import io
 from ..dha.control import make_decoder_patch, make_wrapper
 from ..dha.control_file import load_control
 from ..dha.sites import read_architecture
-from .apply import make_window, warn_prediction
+from .apply import ask_ahead, make_window, warn_prediction
 from .control_branch import Hint, LoadedControl, make_steering
 from .model_folders import CONTROLS
 
@@ -135,13 +135,14 @@ def make_hint(model, loaded: LoadedControl, latents, seed: int) -> Hint:
 def apply_control(model, loaded: LoadedControl, hint: Hint, strength: float, is_active, accelerate: bool = False):
     """A clone of the model that a control steers; raises ArchitectureError or ControlFileError.
 
-    With `accelerate` the model's DHA runs in the branch as well, whether it was applied before or comes after.
+    `is_active(options)`, asked once per forward, switches it by timestep; None is always. With `accelerate` the model's DHA runs in the branch as well, whether it was applied before or comes after.
     """
     branch = loaded.build_for(model)
     warn_prediction("Apply Frequency Control", loaded.name, loaded.file.prediction, model)
     patched = model.clone()
     key = choose_key(patched)
-    wrapper = make_wrapper(make_steering(branch.model, hint, strength, is_active, accelerate), key)
+    active = None if is_active is None else ask_ahead(patched, is_active, key)
+    wrapper = make_wrapper(make_steering(branch.model, hint, strength, active, accelerate), key)
     patched.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, key, wrapper)
     patched.set_model_output_block_patch(make_decoder_patch(key))
     patched.add_callback_with_key(CallbacksMP.ON_CLEANUP, key, hint.forget)

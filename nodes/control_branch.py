@@ -84,14 +84,23 @@ class Hint:
         self.embedded: dict[tuple, Pair] = {}
 
     def embed(self, branch: FCNet, x: torch.Tensor, count: int) -> Pair:
-        """For `count` pictures of the size of x (B, 4, h, w): sources in turn, scaled to cover other sizes."""
+        """For `count` pictures of the size of x (B, 4, h, w): sources in turn, scaled to cover other sizes.
+
+        Nothing is kept from compiled code: a tensor made in a CUDA graph is overwritten by the next one.
+        """
+        if torch.compiler.is_compiling():
+            return self.compute(branch, x, count)
         key = (count, *x.shape[-2:], x.dtype, x.device)
         if key not in self.embedded:
-            height, width = x.shape[-2:]
-            latents = comfy.utils.common_upscale(self.latents.float(), width, height, "bilinear", "center")
-            latents = comfy.utils.repeat_to_batch_size(latents, count).to(x.device)
-            self.embedded[key] = branch.embed_hint(filter_band(latents, self.band, self.seed).to(x.dtype))
+            self.embedded[key] = self.compute(branch, x, count)
         return self.embedded[key]
+
+    def compute(self, branch: FCNet, x: torch.Tensor, count: int) -> Pair:
+        """The same, anew."""
+        height, width = x.shape[-2:]
+        latents = comfy.utils.common_upscale(self.latents.float(), width, height, "bilinear", "center")
+        latents = comfy.utils.repeat_to_batch_size(latents, count).to(x.device)
+        return branch.embed_hint(filter_band(latents, self.band, self.seed).to(x.dtype))
 
     def forget(self, _patcher=None) -> None:
         self.embedded.clear()
