@@ -8,9 +8,11 @@ import comfy.utils
 import torch
 from comfy_api.latest import io, ui
 
+from ..dha.config import DHAConfig
 from ..dha.patch import WATCH
 from ..dha.routing import ContextPlan
 from ..dha.sites import Site
+from .apply import KEY
 from .pixels import to_images
 from .routing_picture import draw_frame
 from .tables import show_report
@@ -148,7 +150,7 @@ class RoutingMap(io.ComfyNode):
         sampling = Sampling(**settings, denoise=1.0)
         progress = comfy.utils.ProgressBar(sampling.steps + min(frames, sampling.steps) + 1)
         recorder = record(model, sampling, latent_image, LEVELS[level], progress)
-        check_recorded(recorder, level)
+        check_recorded(recorder, level, model)
         drawn = []
         for number in spread(len(recorder.steps), frames):
             step = recorder.steps[number]
@@ -178,8 +180,15 @@ def record(model, sampling: Sampling, latent: dict, level: int, progress) -> Rec
     return recorder
 
 
-def check_recorded(recorder: Recorder, level: str) -> None:
+def check_recorded(recorder: Recorder, level: str, model) -> None:
     """Raises ValueError when no layer of the level ran on a short context for the whole picture."""
+    mark = model.model_options["transformer_options"].get(KEY)
+    if mark and DHAConfig.from_json(mark).mode == "official":
+        raise ValueError(
+            "DHA Routing Map found a student of mode 'official', and expected one of mode 'hybrid': published students "
+            "choose tokens inside of their own attention, which cannot be shown. Connect another student to Apply DHA, "
+            "or none."
+        )
     if recorder.partial and not recorder.steps:
         raise ValueError(
             "DHA Routing Map found prompts for parts of the picture alone as positive, and expected one for all of it; "
