@@ -106,6 +106,10 @@ class Teacher:
         """A short hash of all weights of the UNet: what pictures drawn by the teacher depend on."""
         return hash_weights(self.unet.state_dict())
 
+    def describe_weights(self) -> dict[str, str]:
+        """The hashes of all three parts: what a training with this teacher depends on."""
+        return {"unet": self.unet_fingerprint, "text": self.text_fingerprint, "vae": self.vae_fingerprint}
+
     def predict(
         self, latents: torch.Tensor, t: torch.Tensor, context: torch.Tensor, options: dict | None = None
     ) -> torch.Tensor:

@@ -127,6 +127,24 @@ def test_a_changed_picture_is_encoded_again_and_no_other(pairs, teacher, tmp_pat
     assert [torch.equal(a, b) for a, b in zip(old_context, new_context, strict=True)] == [True, True, False]
 
 
+def test_a_corpus_is_named_by_its_pictures_prompts_and_order_not_by_its_place(teacher, tmp_path):
+    def name(change=lambda folder: None):
+        folder = tmp_path / f"{len(list(tmp_path.iterdir()))}"
+        for number in range(3):
+            write_pair(folder, number)
+        change(folder)
+        return open_pairs(folder, teacher, tmp_path / "cache").identity
+
+    plain = name()
+    others = [
+        name(lambda folder: write_pair(folder, 1, seed=77)),
+        name(lambda folder: (folder / "001.txt").write_text("another prompt")),
+        name(lambda folder: (folder / "002.png").unlink()),
+    ]
+    assert name() == plain and plain.startswith("3, ")
+    assert len({plain, *others}) == 4
+
+
 def test_a_picture_that_changes_under_way_is_not_kept_under_its_old_content(teacher, tmp_path, monkeypatch):
     from dkd_trainer.data import encoder
 
@@ -187,7 +205,7 @@ def test_prompts_alone_are_drawn_by_the_teacher_from_their_seed(teacher, tmp_pat
     assert fewer.made == 0
     assert torch.equal(fewer.read([0, 1])[0], latents[[1, 0]])
     other = open_pairs(source, teacher, tmp_path / "cache", drawing=Drawing(steps=2, cfg=3.0, seed=1))
-    assert other.made == 2
+    assert other.made == 2 and other.identity != fewer.identity
     assert not torch.equal(other.read([1])[0][0], latents[0])
     assert drawn.pictures == [None] * 3
     with pytest.raises(DataError, match="without a picture"):

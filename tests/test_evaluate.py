@@ -305,3 +305,26 @@ def test_fp16_is_in_the_null_band_but_on_a_processor():
 
     names = [[subject.name for subject in list_null_band(25, torch.device(kind))] for kind in ("cpu", "cuda")]
     assert names == [rest := ["teacher, bf16", "teacher, 20 steps", "teacher, another seed"], ["teacher, fp16", *rest]]
+
+
+def test_what_was_kept_is_measured_anew_with_another_comfyui_or_other_code(monkeypatch, tmp_path):
+    import shutil
+
+    import comfyui_version
+
+    from dkd_trainer.evidence import kept
+
+    before = kept.name_code()
+    with monkeypatch.context() as patched:
+        patched.setattr(comfyui_version, "__version__", "0.0.1")
+        assert kept.name_code() != before
+    for name in kept.SOURCES:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(kept.ROOT / name, tmp_path / name)
+    monkeypatch.setattr(kept, "ROOT", tmp_path)
+    assert kept.name_code() == before
+    for name in ("engine/imitation", "engine/attention", "host", "evidence/students"):
+        with (tmp_path / "dkd_trainer" / f"{name}.py").open("a") as file:
+            file.write("#")
+        assert kept.name_code() != before, name
+        before = kept.name_code()

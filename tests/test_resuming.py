@@ -123,6 +123,18 @@ def test_a_state_of_other_pairs_is_not_continued(teacher, corpus, make_settings)
         train_student(teacher, fewer, make_settings(transfer__steps=1, imitation__steps=0))
 
 
+@pytest.mark.parametrize("part", ["unet", "text", "vae"])
+def test_a_state_of_another_teacher_is_not_continued(teacher, corpus, make_settings, monkeypatch, part):
+    """Also where only the prompts' attention, the text encoder or the VAE is another one."""
+    from dkd_trainer.engine.loop import train_student
+
+    train_student(teacher, corpus, make_settings(transfer__steps=1, imitation__steps=0))
+    found = getattr(teacher, f"{part}_fingerprint")
+    monkeypatch.setitem(teacher.__dict__, f"{part}_fingerprint", "0123")
+    with pytest.raises(ValueError, match=f"weights.{part} was '{found}', is '0123'"):
+        train_student(teacher, corpus, make_settings(transfer__steps=1, imitation__steps=0))
+
+
 def test_a_state_goes_on_that_was_saved_before_there_was_a_setting(teacher, corpus, make_settings):
     from dkd_trainer.engine.loop import train_student
 

@@ -30,7 +30,8 @@ from .steering import FrozenBranch, read_branches
 from .tasks import Task, change_prompts, keep_prompts, read_prompts
 from .variant import Variant, is_uncontrolled, measure_memory, measure_variant
 
-CODE = ("dha/control.py", "dha/control_weights.py", *(f"dkd_trainer/control/{n}.py" for n in ("steering", "variant")))
+STEERING = ("branch", "steering", "variant")
+CODE = ("dha/control.py", "dha/control_weights.py", *(f"dkd_trainer/control/{name}.py" for name in STEERING))
 CODE = (*CODE, "dkd_trainer/metrics/structure.py")
 
 

@@ -20,10 +20,11 @@ from .source import DataError, Listing, Pair, Skip, count_reasons
 
 
 class Corpus:
-    """Encoded pairs; `read` gives batches of one bucket, in memory is only a small index.
+    """Encoded pairs; `read` gives batches of one bucket; in memory are names, prompts and where the tensors lie.
 
-    `empty` (1, 77, C) is the empty prompt's context, `skipped` what is left out and why, `report` the file with its
-    list if there is one, `made` the latents that this very process had to make. It can be copied to other processes.
+    `identity` names content and order, wherever the pairs lie. `empty` (1, 77, C) is the empty prompt's context,
+    `skipped` what is left out and why, `report` the file with its list if there is one, `made` the latents that this
+    very process had to make. It can be copied to other processes.
     """
 
     def __init__(self, listing: Listing, encoded: Encoded):
@@ -33,9 +34,10 @@ class Corpus:
         shapes = sorted(encoded.latents)
         found = list(encoded.locate())
         self.pairs: list[Pair] = [pair for pair, *_ in found]
+        self.identity = name_pairs([(pair.prompt, key) for pair, key, *_ in found])
         self.skipped: list[Skip] = [*listing.skipped, *encoded.skipped]
         # bucket, shard and row of the latent, shard and row of the context
-        rows = [(shapes.index(shape), *latent, *context) for _, shape, latent, context in found]
+        rows = [(shapes.index(shape), *latent, *context) for *_, shape, latent, context in found]
         self.places = np.array(rows, np.int32).reshape(-1, 5)
         self.sizes = [(height // 8, width // 8) for width, height in shapes]
         self.latents = [Reader(encoded.latents[shape].files) for shape in shapes]
@@ -50,14 +52,6 @@ class Corpus:
         """Latent size (h, w) -> the indices of its pairs."""
         members = (np.flatnonzero(self.places[:, 0] == number).tolist() for number in range(len(self.sizes)))
         return {size: indices for size, indices in zip(self.sizes, members, strict=True) if indices}
-
-    @cached_property
-    def identity(self) -> str:
-        """How many pairs there are, and a short hash of their prompts and sizes in order."""
-        digest = hashlib.sha256(self.places[:, 0].tobytes())
-        for prompt in self.prompts:
-            digest.update(prompt.encode() + b"\0")
-        return f"{len(self)}, {digest.hexdigest()[:8]}"
 
     @cached_property
     def prompts(self) -> list[str]:
@@ -94,6 +88,17 @@ class Corpus:
         return f"{len(self)} pairs in {self.source} ({sizes}){skipped}" + (
             f"; see {self.report}" if self.report else ""
         )
+
+
+def name_pairs(pairs: Sequence[tuple[str, bytes]]) -> str:
+    """How many pairs (prompt, key of the latent) there are, and a short hash of them in order.
+
+    A key stands for a picture's content and how it was cut, or for how a latent was drawn.
+    """
+    digest = hashlib.sha256()
+    for prompt, key in pairs:
+        digest.update(prompt.encode() + b"\0" + key)
+    return f"{len(pairs)}, {digest.hexdigest()[:8]}"
 
 
 def open_corpus(

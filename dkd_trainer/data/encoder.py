@@ -41,12 +41,12 @@ class Encoded:
     latents: dict[tuple[int, int], Store]
     skipped: list[Skip] = field(default_factory=list)
 
-    def locate(self) -> Iterator[tuple[Pair, tuple[int, int], tuple[int, int], tuple[int, int]]]:
-        """Pair, shape, and the (shard, row) of its latent and its context; the others are added to `skipped`."""
+    def locate(self) -> Iterator[tuple[Pair, bytes, tuple[int, int], tuple[int, int], tuple[int, int]]]:
+        """Pair, key, shape, and the (shard, row) of its latent and its context; the others are added to `skipped`."""
         for pair, key, shape in zip(self.pairs, self.keys, self.shapes, strict=True):
             latent, context = self.latents[shape].find(key), self.contexts.find(make_key("prompt", pair.prompt))
             if isinstance(latent, tuple) and isinstance(context, tuple):
-                yield pair, shape, latent, context
+                yield pair, key, shape, latent, context
                 continue
             refused = [found for found in (latent, context) if isinstance(found, Refused)]
             why = refused[0] if refused else Refused(CHANGED, "start again to encode it")

@@ -137,7 +137,8 @@ class Training:
         """What a state must agree with; plain values as JSON has them."""
         begun = {"start": self.origin} if self.origin else {}
         pairs = {"pairs": self.corpus.identity, "aside": self.aside}
-        run = {**self.settings.describe_run(), **begun, **pairs, "teacher": self.teacher.fingerprint}
+        taught = {"teacher": self.teacher.fingerprint, "weights": self.teacher.describe_weights()}
+        run = {**self.settings.describe_run(), **begun, **pairs, **taught}
         return json.loads(json.dumps(run))
 
     def read_step(self, step: int) -> list[Batch]:

@@ -97,18 +97,18 @@ def plan_rows(
     """Rows with their settings and as many steps of each stage as the time allows, measured once and then kept."""
     settings = {row.name: (row, row_settings(args, row)) for row in rows}
     names = [name_run(own, row.shares) for row, own in settings.values()]
-    key = hashlib.sha256(json.dumps([names, args.seconds, len(corpus)]).encode()).hexdigest()[:8]
+    key = hashlib.sha256(json.dumps([names, args.seconds, corpus.identity]).encode()).hexdigest()[:8]
     plan = args.out / f"plan-{key}.json"
     if not plan.is_file():
         write_whole(plan, json.dumps(plan_steps(teacher, corpus, settings, args.seconds), indent=1).encode())
     steps = json.loads(plan.read_text())
-    return [(row, name_files(own, steps[row.name], teacher, len(corpus))) for row, own in settings.values()]
+    return [(row, name_files(own, steps[row.name], teacher, corpus.identity)) for row, own in settings.values()]
 
 
-def name_files(settings: Settings, steps: dict[str, int], teacher: Teacher, pairs: int) -> Settings:
+def name_files(settings: Settings, steps: dict[str, int], teacher: Teacher, pairs: str) -> Settings:
     """Settings with planned steps, whose files are named for all that decides the student."""
     planned = replace(settings, **{name: replace(getattr(settings, name), steps=n) for name, n in steps.items()})
-    stem = f"{planned.out.stem}-{name_run(planned, teacher.fingerprint, pairs)}"
+    stem = f"{planned.out.stem}-{name_run(planned, teacher.describe_weights(), pairs)}"
     return replace(planned, output=replace(planned.output, file=str(planned.out.with_stem(stem))))
 
 

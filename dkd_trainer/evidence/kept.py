@@ -13,6 +13,7 @@ from torch import Tensor
 from dha.whole_file import write_whole
 
 from ..host import ROOT
+from .hardware import read_comfyui_version
 
 DHA = (
     "config",
@@ -29,20 +30,23 @@ DHA = (
     "frequency",
     "fidelity",
 )
-EVIDENCE = ("contexts", "evaluation", "held_out", "judges", "peers", "subject")
+EVIDENCE = ("contexts", "evaluation", "held_out", "judges", "peers", "students", "subject")
 METRICS = ("bands", "captions", "features", "phrases", "prompt_score", "published")
 # what decides a measurement; presenting it and training do not
 SOURCES = (
     *(f"dha/{name}.py" for name in DHA),
     "dkd_trainer/diffusion.py",
+    "dkd_trainer/engine/attention.py",
+    "dkd_trainer/engine/imitation.py",  # a student's options
+    "dkd_trainer/host.py",
     *(f"dkd_trainer/evidence/{name}.py" for name in EVIDENCE),
     *(f"dkd_trainer/metrics/{name}.py" for name in METRICS),
 )
 
 
 def name_code(more: Sequence[str] = ()) -> str:
-    """A short hash of the sources that decide a measurement, `more` of them perhaps, and of torch's version."""
-    digest = hashlib.sha256(torch.__version__.encode())
+    """A short hash of the sources that decide a measurement, `more` of them perhaps, and of torch and ComfyUI."""
+    digest = hashlib.sha256(f"{torch.__version__} {read_comfyui_version()}".encode())
     for name in (*SOURCES, *more):
         digest.update((ROOT / name).read_bytes())
     return digest.hexdigest()[:16]
