@@ -75,6 +75,7 @@ def check_alike(original: torch.Tensor, student: torch.Tensor) -> None:
 
 def measure_difference(original: torch.Tensor, student: torch.Tensor) -> dict[str, Any]:
     """How far apart pictures in 0..1, (B, H, W, C), are over the whole batch; None where there is no number."""
+    original, student = original.cpu(), student.cpu()  # with --gpu-only they are not, and the feature network is
     absolute = (student - original).float().abs().mean().item()
     first, second = (pictures.movedim(-1, 1).float() for pictures in (original, student))
     # as one picture: the mean of decibels would be that of logarithms
@@ -82,11 +83,16 @@ def measure_difference(original: torch.Tensor, student: torch.Tensor) -> dict[st
     small = min(first.shape[-2:]) < WINDOW
     return {
         "psnr": take(noise_ratio),
-        "ssim": None if small else take(ssim(first, second)),
+        "ssim": None if small else take(measure_structure(first, second)),
         "perceptual_distance": measure_perception(first, second),
         "identical": absolute == 0,
         "mean_absolute_difference": absolute if math.isfinite(absolute) else None,
     }
+
+
+def measure_structure(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """SSIM (B,) of pictures (B, 3, H, W), one after the other: in float64 a whole batch takes much memory."""
+    return torch.cat([ssim(*pair) for pair in zip(first.split(1), second.split(1), strict=True)])
 
 
 def take(values: torch.Tensor) -> float | None:
