@@ -18,7 +18,7 @@ from .control_weights import ENCODER, list_shapes
 from .frequency import BANDS
 from .official import ExternalAttention
 from .sites import SITES, Architecture
-from .weight_file import FileKind, check_weights, read_file, shorten, write_weights
+from .weight_file import FileKind, check_weights, explain_disk, read_file, shorten, write_weights
 
 UNET = "model.diffusion_model."  # of a UNet's weights in checkpoints
 STUDENT, STUDENT_GROUPS = "student_model.", 4  # of a published student's tensors; groups of its transformers' norms
@@ -169,7 +169,9 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
         raise ControlFileError(f"{path} does not exist, expected a published FCDiffusion checkpoint (.ckpt)")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except OSError as error:
+        raise ControlFileError(explain_disk(path, error)) from error
+    except (UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
         raise ControlFileError(
             f"{path.name} cannot be read safely ({shorten(error)}); it is damaged or holds more than tensors and plain "
             "values: save its state_dict alone with the program that made it"

@@ -49,16 +49,24 @@ def read_file(path: Path, kind: FileKind, tensors: bool = True) -> tuple[dict[st
         found = "is a folder" if path.is_dir() else "does not exist"
         raise kind.error(f"{path} {found}, expected a {kind.noun} file; put those into ComfyUI's {kind.folder} folder")
     try:
+        path.open("rb").close()  # safetensors would say of a file that it may not read that there is none
         with safe_open(path, "pt") as file:
             weights = {name: file.get_tensor(name) for name in file.keys()} if tensors else {}  # noqa: SIM118
             metadata = file.metadata() or {}
-    except (SafetensorError, OSError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+    except OSError as error:
+        raise kind.error(explain_disk(path, error)) from error
+    except (SafetensorError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         raise kind.error(
             f"{path.name} is not a whole safetensors file ({shorten(error)}); it may be a cut-off download or another "
             "kind of file renamed: download it again"
         ) from error
     check_format(path, kind, metadata)
     return metadata, weights
+
+
+def explain_disk(path: Path, error: OSError) -> str:
+    """What to say of a file that the system does not hand out, whole or not."""
+    return f"{path.name} cannot be read ({shorten(error)}); check its permissions and the disk"
 
 
 def check_format(path: Path, kind: FileKind, metadata: Mapping[str, str]) -> None:
