@@ -1,7 +1,9 @@
 """DKD Training Record: losses, samples and figures of a training, while it runs and ever after, from its journal."""
 
+import glob
 import json
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,13 @@ class Training:
     name: str
     journal: Path
     record: Path
+
+    def find_time(self) -> int | None:
+        """When the trainer last wrote, in ns; None where the run has been deleted meanwhile."""
+        try:
+            return self.journal.stat().st_mtime_ns
+        except OSError:
+            return None
 
     def read_record(self) -> dict[str, Any]:
         """The trainer's summary without the command, which names folders of the server; empty before the end."""
@@ -70,7 +79,7 @@ class TrainingRecord(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, training):
         found = find_trainings().get(training)
-        return str(found and found.journal.stat().st_mtime_ns)
+        return str(found and found.find_time())
 
     @classmethod
     def execute(cls, training) -> io.NodeOutput:
@@ -87,18 +96,29 @@ class TrainingRecord(io.ComfyNode):
 
 
 def find_trainings() -> dict[str, Training]:
-    """Every training that left a journal where its student or control belongs, by name, the newest first."""
-    runs = Path(folder_paths.get_output_directory()).glob("dkd/*/*/journal.jsonl")
+    """Every training that left a journal where its student or control belongs, by name, the newest first.
+
+    Of several with the same name, in several folders of models, the newest counts.
+    """
+    runs = list_journals(Path(folder_paths.get_output_directory()), "dkd/*/*")
     found = [
         Training(f"{path.parts[-3]}/{path.parts[-2]}", path, path.with_name(f"{path.parts[-3]}.json")) for path in runs
     ]
     for kind, mark in ((STUDENTS, ""), (CONTROLS, " (control)")):
         for folder in map(Path, folder_paths.get_folder_paths(kind)):
-            for path in folder.glob("*.work/journal.jsonl"):
+            for path in list_journals(folder, "*.work"):
                 name = path.parent.stem
                 found.append(Training(f"{name}{mark}", path, folder / f"{name}.json"))
-    newest = sorted(found, key=lambda training: training.journal.stat().st_mtime, reverse=True)
-    return {training.name: training for training in newest}
+    dated = [(when, training) for training in found if (when := training.find_time()) is not None]
+    trainings: dict[str, Training] = {}
+    for _, training in sorted(dated, key=itemgetter(0), reverse=True):
+        trainings.setdefault(training.name, training)
+    return trainings
+
+
+def list_journals(folder: Path, runs: str) -> list[Path]:
+    """The journals of the runs below a folder that a pattern fits; a folder that vanishes meanwhile has none."""
+    return [folder / found for found in glob.glob(f"{runs}/journal.jsonl", root_dir=folder)]
 
 
 def describe(training: Training, progress: Progress) -> dict[str, Any]:
