@@ -1,7 +1,6 @@
 """The checkpoint that a workflow built, LoRAs baked in, as a file that a training learns from."""
 
 import hashlib
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,10 +10,11 @@ import comfy.model_sampling
 import comfy.utils
 import torch
 
+from ..dha.control import LATENT_CHANNELS
 from ..dha.sites import ArchitectureError, read_architecture
+from ..dha.whole_file import replace_whole
 from . import apply, control
 
-LATENT_CHANNELS = 4
 TEXT_ENCODER = "clip_h."  # how SD-2.x's text encoder calls its weights
 
 
@@ -81,10 +81,5 @@ def hash_weights(weights: Mapping[str, torch.Tensor]) -> str:
 
 def write_checkpoint(path: Path, weights: Mapping[str, torch.Tensor]) -> None:
     """Write weights as a checkpoint, whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
+    with replace_whole(path) as partial:
         comfy.utils.save_torch_file({name: tensor.contiguous() for name, tensor in weights.items()}, str(partial))
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise

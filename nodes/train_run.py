@@ -4,7 +4,6 @@ import contextlib
 import filecmp
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -14,7 +13,7 @@ from typing import Any
 
 import folder_paths
 
-from ..dha.whole_file import write_whole
+from ..dha.whole_file import replace_whole, write_whole
 from .model_folders import STUDENTS
 from .train_data import Data
 from .train_process import TrainerError
@@ -137,6 +136,8 @@ def occupy(run: Run) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(FileLock(run.folder / "server.lock").acquire(blocking=False))
+            for leftover in run.folder.glob(f".{run.teacher.name}.*.partial"):  # of a server that was killed
+                leftover.unlink()
         except Timeout:
             raise TrainerError(
                 f"DKD Train: another ComfyUI with this output folder trains {run.name!r} from the same inputs; wait "
@@ -181,7 +182,6 @@ def install_student(run: Run) -> Path:
     """Put the finished student into models/dha; its path there."""
     if not (run.installed.exists() and filecmp.cmp(run.installed, run.student, shallow=False)):
         run.installed.parent.mkdir(parents=True, exist_ok=True)
-        partial = run.installed.with_name(f".{run.installed.name}.partial")
-        shutil.copyfile(run.student, partial)
-        os.replace(partial, run.installed)
+        with replace_whole(run.installed) as partial:
+            shutil.copyfile(run.student, partial)
     return run.installed
