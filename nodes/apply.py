@@ -20,7 +20,8 @@ from .measured import describe_presets, find_payoff, read_measured
 KEY = "dha"  # under which our mark, our wrapper and our weights are kept in a model patcher
 PATCHES = "dha_patches"  # key in transformer_options of a student's `Patches`, for a control's branch to run with too
 CUSTOM, NEW = "custom", "balanced"  # a preset's place where token_budget says it, and what a new node stands on
-LEVELS = {"auto": None, "finest": (0,), "two finest": (0, 1), "three finest": (0, 1, 2), "all": (0, 1, 2, 3)}
+RANGES = {"finest": (0,), "two finest": (0, 1), "three finest": (0, 1, 2), "all": (0, 1, 2, 3)}
+LEVELS: dict[str, tuple[int, ...] | None] = {"auto": None, **RANGES}
 TRAINING_FREE = DHAConfig(levels=(0, 1))
 
 

@@ -8,6 +8,7 @@ import comfy.utils
 import torch
 from comfy_api.latest import io
 
+from .measured import find_precision
 from .tables import show_report, tabulate_runs
 from .timing import Laps, Sampling, count_steps, time_both
 
@@ -21,7 +22,6 @@ def relate(student: torch.Tensor, original: torch.Tensor) -> float | None:
 def describe_run(model, sampling: Sampling, samples: torch.Tensor, repeats: int) -> dict[str, Any]:
     """The settings that a figure needs beside it."""
     scale = getattr(model.get_model_object("latent_format"), "spacial_downscale_ratio", 8)
-    inference = getattr(model.model, "manual_cast_dtype", None) or model.model.get_dtype()
     return {
         "steps": sampling.steps,
         "width": samples.shape[-1] * scale,
@@ -33,7 +33,7 @@ def describe_run(model, sampling: Sampling, samples: torch.Tensor, repeats: int)
         "seed": sampling.seed,
         "repeats": repeats,
         "device": str(model.load_device),
-        "dtype": str(inference).removeprefix("torch."),
+        "dtype": str(find_precision(model)).removeprefix("torch."),
     }
 
 

@@ -135,7 +135,8 @@ def make_hint(model, loaded: LoadedControl, latents, seed: int) -> Hint:
 def apply_control(model, loaded: LoadedControl, hint: Hint, strength: float, is_active, accelerate: bool = False):
     """A clone of the model that a control steers; raises ArchitectureError or ControlFileError.
 
-    `is_active(options)`, asked once per forward, switches it by timestep; None is always. With `accelerate` the model's DHA runs in the branch as well, whether it was applied before or comes after.
+    `is_active(options)`, asked once per forward, switches it by timestep; None is always. With `accelerate` the model's
+    DHA runs in the branch as well, whether it was applied before or comes after.
     """
     branch = loaded.build_for(model)
     warn_prediction("Apply Frequency Control", loaded.name, loaded.file.prediction, model)

@@ -30,8 +30,13 @@ def read_measured(file: Path = FILE) -> dict[str, Any]:
 
 def find_payoff(model) -> Payoff:
     """Which layers get faster on the device, and in the precision, that a model patcher computes in."""
-    dtype = getattr(model.model, "manual_cast_dtype", None) or model.model.get_dtype()
-    return choose_payoff(read_measured()["layers"], model.load_device.type, DTYPES.get(dtype, "other"))
+    dtype = DTYPES.get(find_precision(model), "other")
+    return choose_payoff(read_measured()["layers"], model.load_device.type, dtype)
+
+
+def find_precision(model) -> torch.dtype:
+    """What a model patcher computes in, which need not be what its weights are kept in."""
+    return getattr(model.model, "manual_cast_dtype", None) or model.model.get_dtype()
 
 
 def describe_presets(measured: dict[str, Any]) -> str:

@@ -10,7 +10,10 @@ SHIPPED = Path(__file__).resolve().parent.parent / "workflows" / "models"
 
 
 def register() -> None:
-    """Add our folders after the user's own; calling it again changes nothing."""
+    """Add models/dha and models/dha_control as the first of their kinds, and the pack's folders as the last.
+
+    Calling it again changes nothing.
+    """
     for name in (STUDENTS, CONTROLS):
         own = Path(folder_paths.models_dir) / name
         with contextlib.suppress(OSError):  # a read-only models folder is no reason to go without the nodes

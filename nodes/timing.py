@@ -12,7 +12,6 @@ import torch
 from comfy.patcher_extension import WrappersMP
 
 from ..dha.peak import watch_peak
-from .memory import count_weights
 
 WARM_UP = 2  # steps of the schedule: its first and its last
 
@@ -35,6 +34,12 @@ class Laps:
         seconds = median(self.seconds) if self.seconds else 0.0
         bytes = {"peak_memory": self.peak_memory, "weights": self.weights}
         return {"seconds": seconds, "seconds_per_step": seconds / max(self.steps, 1), **bytes}
+
+
+def count_weights(model) -> int:
+    """Bytes of a model patcher's weights, with those of the models that come with it, such as a student."""
+    models = [model, *(other for others in model.additional_models.values() for other in others)]
+    return sum(each.model_size() for each in models)
 
 
 def synchronise(device: torch.device) -> None:

@@ -10,6 +10,7 @@ import comfy.utils
 import torch
 from comfy_api.latest import io
 
+from .apply import RANGES
 from .export_teacher import check_teacher, collect_weights, hash_weights, write_checkpoint
 from .load import DHA_STUDENT, load_into_host
 from .tables import show_text
@@ -21,7 +22,7 @@ from .train_run import Choice, Run, check_place, install_student, list_presets, 
 from .training_record import Training, show_training
 
 PRESET = "preset"
-LEVELS = {PRESET: None, "finest": (0,), "two finest": (0, 1), "three finest": (0, 1, 2), "all": (0, 1, 2, 3)}
+LEVELS: dict[str, tuple[int, ...] | None] = {PRESET: None, **RANGES}
 PREVIEW = 768  # pixels
 INTERVAL = 0.5  # seconds between two looks at the journal
 REDRAW = 3.0  # seconds between two pictures of the curve

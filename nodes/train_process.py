@@ -21,7 +21,7 @@ class TrainerError(RuntimeError):
 
 
 class TrainerProcess:
-    """A started trainer; `stop` or its end has to come before the object goes."""
+    """A started trainer; it has to end, by itself or by `kill`, before the object goes."""
 
     def __init__(self, arguments: Sequence[str], log: Path):
         self.log = log

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from dha.peak import watch_peak
 from dkd_trainer.evidence.pair_counter import PairCounter
-
-from .model import import_from_pack
 
 MIN_LAP = {"cpu": 0.2, "cuda": 0.05}  # seconds: shorter runs are timed several at once
 COMPILING = 30.0  # seconds that a first compilation is expected to take
@@ -111,7 +110,7 @@ def warm_up(entrant: Entrant, record: Record, device: torch.device) -> Tensor:
         output = entrant.run()
         record.graph_breaks = count_graph_breaks() - before
     elif device.type == "cpu":
-        with import_from_pack("nodes.memory").watch_peak(device) as peak, PairCounter() as counter:
+        with watch_peak(device) as peak, PairCounter() as counter:
             output = entrant.run()
         record.run_memory, record.pairs = peak.bytes, counter.pairs
     else:
