@@ -13,6 +13,8 @@ import torch
 from .diffusion import noise_levels
 
 ROOT = Path(__file__).resolve().parent.parent
+SHIPPED_TEACHER = ROOT / "workflows" / "models" / "checkpoints" / "mini-sd21.safetensors"
+CHANNELS = 4  # of a latent
 
 
 def ensure_comfy(path: str | None, device: str = "auto") -> None:
@@ -33,7 +35,8 @@ def ensure_comfy(path: str | None, device: str = "auto") -> None:
     import comfy.cli_args
 
     comfy.cli_args.args.cpu = device == "cpu" or not torch.cuda.is_available()
-    comfy.cli_args.args.fp32_vae = True  # latents are made once, and are the same on every kind of device
+    # latents are made once and kept; between kinds of device they differ by CUDA's TF32 convolutions alone
+    comfy.cli_args.args.fp32_vae = True
     comfy.cli_args.args.use_pytorch_cross_attention = True
 
 
@@ -47,7 +50,11 @@ def register_mini():
 
 
 class Teacher:
-    """A Stable Diffusion 2.x checkpoint as ComfyUI loads it, frozen, with the few calls that training needs."""
+    """A Stable Diffusion 2.x checkpoint as ComfyUI loads it, frozen, with the few calls that training needs.
+
+    Raises FileNotFoundError without it, ArchitectureError for one of another model, ValueError for one that takes more
+    than noisy latents and a prompt.
+    """
 
     def __init__(self, path: Path, device: torch.device):
         import comfy.sd
@@ -60,10 +67,11 @@ class Teacher:
             raise FileNotFoundError(f"the teacher {path} does not exist; give an SD-2.x checkpoint with --teacher")
         self.model, self.clip, self.vae, _ = comfy.sd.load_checkpoint_guess_config(str(path))
         self.device = device
-        # fp32 masters: the trunk is frozen, autocast lowers the precision of what is computed
-        self.unet = self.model.model.diffusion_model.float().to(device).eval().requires_grad_(False)
+        # In fp32, though the host may have rounded them to fp16 for a GPU: autocast lowers what is computed, not them.
+        self.unet = self.model.model.diffusion_model.to(device).float().eval().requires_grad_(False)
         state = self.unet.state_dict()
         self.architecture, self.fingerprint = read_architecture(state), fingerprint(state)
+        check_inputs(path.name, state)
         self.prediction = "v" if self.model.model.model_type.name == "V_PREDICTION" else "eps"
         self.head_width = self.attention(SITES[0]).dim_head
 
@@ -110,12 +118,30 @@ class Teacher:
         """The hashes of all three parts: what a training with this teacher depends on."""
         return {"unet": self.unet_fingerprint, "text": self.text_fingerprint, "vae": self.vae_fingerprint}
 
+    def release(self) -> None:
+        """Make room on the GPU: text encoder and VAE leave it until they are asked for again."""
+        import comfy.model_management
+
+        if self.device.type == "cuda":
+            comfy.model_management.unload_all_models()
+
     def predict(
         self, latents: torch.Tensor, t: torch.Tensor, context: torch.Tensor, options: dict | None = None
     ) -> torch.Tensor:
         """The UNet's raw prediction (B, 4, h, w) for noisy latents at timesteps t (B,); options carry patches."""
         options = {"sigmas": noise_levels(t), **(options or {})}  # what a student's grids are moved by
         return self.unet(latents, t.float(), context=context, transformer_options=options).float()
+
+
+def check_inputs(name: str, state: Mapping[str, torch.Tensor]) -> None:
+    """Raise ValueError for a UNet that is shown a mask, a depth map or another picture as well."""
+    channels = state["input_blocks.0.0.weight"].shape[1]
+    if channels != CHANNELS or "label_emb.0.0.weight" in state:
+        kind = "an inpainting or depth model" if channels != CHANNELS else "an unCLIP model"
+        raise ValueError(
+            f"{name} is {kind} ({channels} input channels, expected {CHANNELS}), training knows text to image alone; "
+            "train with a plain Stable Diffusion 2.x checkpoint, its student fits this model as well"
+        )
 
 
 def hash_weights(state: Mapping[str, torch.Tensor]) -> str:

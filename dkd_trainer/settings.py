@@ -9,7 +9,7 @@ from typing import Any
 from dha.config import DHAConfig, drop_retired
 
 from .fields import SettingsError, build, choice, merge, nest, real, reals, switch, text, texts, to_toml, whole
-from .host import ROOT
+from .host import SHIPPED_TEACHER
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -17,7 +17,6 @@ else:
     import tomli as tomllib
 
 PRESETS = Path(__file__).parent / "presets"
-SHIPPED_TEACHER = ROOT / "workflows" / "models" / "checkpoints" / "mini-sd21.safetensors"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -307,3 +307,31 @@ def test_drawing_in_bf16_is_near_and_kept_apart(teacher, tmp_path):
     ]
     whole, half = (corpus.read([0])[0] for corpus in drawn)
     assert drawn[1].made == 1 and 1e-4 < ((whole - half).norm() / whole.norm()).item() < 0.05
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_what_is_drawn_ahead_is_what_a_training_of_that_precision_looks_for(teacher, tmp_path, precision):
+    from dkd_trainer.data.batches import open_pairs as open_for_training
+    from dkd_trainer.data.encode import encode, read_arguments
+    from dkd_trainer.settings import assemble_settings
+
+    source, cache = tmp_path / "prompts.txt", tmp_path / "cache"
+    source.write_text("octopus\n")
+    options = {"data": source, "cache": cache, "size": SIZE, "draw-steps": 2, "cfg": 3.0, "precision": precision}
+    ahead = encode(read_arguments([f"--{name}={value}" for name, value in options.items()]), teacher)
+    values = {"data.size": SIZE, "data.cache": str(cache), "data.draw_steps": 2, "data.draw_guidance": 3.0}
+    settings = assemble_settings(overrides={**values, "train.precision": precision}.items())
+    found = open_for_training(str(source), teacher, settings, quiet=True)
+    assert (ahead.made, found.made) == (1, 0) and ahead.identity == found.identity
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_each_process_of_a_launcher_encodes_on_its_own_gpu(monkeypatch):
+    from dkd_trainer.data.encode import choose_device
+
+    last, before = torch.cuda.device_count() - 1, torch.cuda.current_device()
+    monkeypatch.setenv("LOCAL_RANK", str(last))
+    try:
+        assert choose_device() == torch.device("cuda", last) and torch.cuda.current_device() == last
+    finally:
+        torch.cuda.set_device(before)

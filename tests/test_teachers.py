@@ -4,12 +4,14 @@ import os
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from dha.checkpoint import read_metadata
 from dkd_trainer.fields import SettingsError
 
 MARK = "model.diffusion_model.output_blocks.11.1.transformer_blocks.0.norm1.bias"  # by which ComfyUI tells v from eps
+
+ENTRY = "model.diffusion_model.input_blocks.0.0.weight"
 
 
 class Trap:
@@ -35,6 +37,33 @@ def test_an_eps_teacher_in_a_ckpt_teaches(studio, corpus, make_settings, tmp_pat
     train_student(teacher, corpus, settings)
     metadata = read_metadata(settings.out)
     assert metadata["prediction"] == "eps" and metadata["teacher"] == teacher.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({ENTRY: torch.zeros(32, 9, 3, 3)}, "an inpainting or depth model .9 input channels, expected 4."),
+        ({"model.diffusion_model.label_emb.0.0.weight": torch.zeros(128, 2048)}, "an unCLIP model"),
+    ],
+    ids=["inpainting", "unclip"],
+)
+def test_a_teacher_that_takes_more_than_noise_and_a_prompt_is_refused(studio, more, words):
+    from dkd_trainer.host import check_inputs
+
+    state = load_file(studio.checkpoint) | more
+    unet = {name.removeprefix("model.diffusion_model."): t for name, t in state.items() if "diffusion_model" in name}
+    with pytest.raises(ValueError, match=f"other.ckpt is {words}.*plain Stable Diffusion 2.x"):
+        check_inputs("other.ckpt", unet)
+
+
+def test_an_inpainting_checkpoint_is_refused_when_it_is_loaded(studio, tmp_path):
+    from dkd_trainer.host import Teacher
+
+    state = load_file(studio.checkpoint)
+    state[ENTRY] = torch.cat([state[ENTRY], torch.zeros(len(state[ENTRY]), 5, 3, 3)], 1)
+    save_file(state, tmp_path / "inpainting.safetensors")
+    with pytest.raises(ValueError, match="inpainting.safetensors is an inpainting or depth model"):
+        Teacher(tmp_path / "inpainting.safetensors", torch.device("cpu"))
 
 
 def test_code_in_a_ckpt_is_not_run(tmp_path):

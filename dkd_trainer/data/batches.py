@@ -34,9 +34,12 @@ class Corpus(Protocol):
 
 
 def open_pairs(source: str, teacher: Teacher, settings: Settings, quiet: bool = False, limit: int | None = None):
-    """The `corpus.Corpus` of a source with a run's settings, its first `limit` pairs; raises DataError."""
+    """The `corpus.Corpus` of a source with a run's settings, its first `limit` pairs; raises DataError.
+
+    What it was encoded with leaves the GPU.
+    """
     data = settings.data
-    return open_corpus(
+    corpus = open_corpus(
         source,
         teacher,
         settings.cache,
@@ -48,6 +51,8 @@ def open_pairs(source: str, teacher: Teacher, settings: Settings, quiet: bool = 
         drawing=Drawing(data.draw_steps, data.draw_guidance, data.draw_seed, settings.train.precision),
         effort=Effort(quiet=quiet),
     )
+    teacher.release()
+    return corpus
 
 
 @dataclass(frozen=True)

@@ -1,20 +1,20 @@
 """`python -m dkd_trainer encode`: fill a cache ahead of training, in any number of processes, and time it."""
 
 import argparse
+import os
 import time
 from pathlib import Path
 
 import torch
 
-from ..host import ROOT, Teacher, ensure_comfy
+from ..host import SHIPPED_TEACHER, Teacher, ensure_comfy
+from ..settings import TrainSettings
 
 
 def read_arguments(arguments: list[str]) -> argparse.Namespace:
     """The command line; the defaults encode squares for the shipped mini teacher."""
     parser = argparse.ArgumentParser(prog="python -m dkd_trainer encode", description=__doc__)
-    parser.add_argument(
-        "--teacher", type=Path, default=ROOT / "workflows" / "models" / "checkpoints" / "mini-sd21.safetensors"
-    )
+    parser.add_argument("--teacher", type=Path, default=SHIPPED_TEACHER, help="an SD-2.x checkpoint (the mini SD-2.1)")
     parser.add_argument("--data", required=True, help="a folder of pairs, .tar shards, or a .txt of prompts to draw")
     parser.add_argument("--cache", type=Path, required=True, help="the cache folder; it may be shared")
     parser.add_argument("--size", type=int, default=512, help="side of square pictures in pixels (mini teacher: 128)")
@@ -25,6 +25,12 @@ def read_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--draw-steps", type=int, default=25, help="Euler steps for prompts alone")
     parser.add_argument("--cfg", type=float, default=7.5, help="guidance for prompts alone")
     parser.add_argument("--seed", type=int, default=0, help="noise for prompts alone")
+    parser.add_argument(
+        "--precision",
+        choices=("fp32", "bf16"),
+        default=TrainSettings().precision,
+        help="for prompts alone: the training's train.precision, which draws them anew else (%(default)s)",
+    )
     parser.add_argument("--batch", type=int, default=8, help="pictures encoded at once")
     parser.add_argument("--rows", type=int, default=512, help="pairs in one file of the cache")
     parser.add_argument("--comfyui", help="ComfyUI's folder, when it is not on PYTHONPATH (or COMFYUI_PATH)")
@@ -43,20 +49,44 @@ def time_reading(corpus, batch: int = 16, seconds: float = 2.0) -> float:
     return count / (time.perf_counter() - start)
 
 
-def main(arguments: list[str]) -> None:
-    args = read_arguments(arguments)
-    ensure_comfy(args.comfyui)
+def choose_device() -> torch.device:
+    """The GPU that a launcher gave this process (LOCAL_RANK), the first without a launcher, the processor without any.
+
+    It becomes the current one, on which the host puts text encoder and VAE.
+    """
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    torch.cuda.set_device(device)
+    return device
+
+
+def encode(args: argparse.Namespace, teacher: Teacher):
+    """The `corpus.Corpus` of the arguments, with what the cache did not hold yet; raises DataError."""
     from .corpus import open_corpus
     from .drawing import Drawing
     from .encoder import Effort
 
-    framing = {"step": args.step, "max_ratio": args.max_ratio, "min_side": args.min_side}
-    drawing, effort = Drawing(args.draw_steps, args.cfg, args.seed), Effort(args.batch, args.rows)
-    teacher = Teacher(args.teacher, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    start = time.perf_counter()
-    corpus = open_corpus(
-        args.data, teacher, args.cache, args.size, **framing, limit=args.limit, drawing=drawing, effort=effort
+    return open_corpus(
+        args.data,
+        teacher,
+        args.cache,
+        args.size,
+        step=args.step,
+        max_ratio=args.max_ratio,
+        min_side=args.min_side,
+        limit=args.limit,
+        drawing=Drawing(args.draw_steps, args.cfg, args.seed, args.precision),
+        effort=Effort(args.batch, args.rows),
     )
+
+
+def main(arguments: list[str]) -> None:
+    args = read_arguments(arguments)
+    ensure_comfy(args.comfyui)
+    teacher = Teacher(args.teacher, choose_device())
+    start = time.perf_counter()
+    corpus = encode(args, teacher)
     seconds = time.perf_counter() - start
     print(corpus.describe())
     print(f"opened in {seconds:.2f} s, {corpus.made} encoded here ({corpus.made / seconds:.1f} pairs/s)")

@@ -35,6 +35,8 @@ def rehearse(
         training = kind(teacher, corpus, trial, processes)
         lines = describe_training(training)
         left = 0.0
+        if teacher.device.type == "cuda":  # pairs were encoded: that is not the training's
+            torch.cuda.reset_peak_memory_stats(teacher.device)
         for stage in training.stages:
             pace = try_stage(training, stage)
             left += pace.seconds * stage.settings.steps

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..host import ROOT, Teacher
+from ..host import SHIPPED_TEACHER, Teacher
 from .evaluation import SHOWN, Sampling, judge_pictures, measure_subject
 from .hardware import describe_run
 from .held_out import HeldOut, open_held_out
@@ -18,7 +18,6 @@ from .stopwatch import time_subjects
 from .subject import Subject
 from .summary import Row, summarise
 
-SHIPPED_TEACHER = ROOT / "workflows" / "models" / "checkpoints" / "mini-sd21.safetensors"
 UNTIMED = ("null", "far end")  # families
 
 

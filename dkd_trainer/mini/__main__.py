@@ -9,10 +9,9 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from ..host import ROOT, ensure_comfy
+from ..host import SHIPPED_TEACHER, ensure_comfy
 from .emoji import GROUPS
 
-CHECKPOINT = ROOT / "workflows" / "models" / "checkpoints" / "mini-sd21.safetensors"
 
 
 def read_arguments() -> argparse.Namespace:
@@ -29,7 +28,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--steps", type=int, default=6500, help="UNet steps of 64 scenes; a larger number goes on from the last state"
     )
-    parser.add_argument("--out", type=Path, default=CHECKPOINT, help="checkpoint to write, or folder of the pairs")
+    parser.add_argument("--out", type=Path, default=SHIPPED_TEACHER, help="checkpoint to write, or folder of the pairs")
     parser.add_argument("--start", type=Path, help="a finished checkpoint to go on from, where its states are lost")
     parser.add_argument(
         "--groups", nargs="+", choices=list(GROUPS), default=list(GROUPS), help="what to draw; may grow later"
