@@ -1,5 +1,6 @@
 """The cache: rows are found by key, whatever happened to a process that wrote them."""
 
+import errno
 import pickle
 import subprocess
 import sys
@@ -183,3 +184,25 @@ def test_a_killed_process_leaves_no_lock(tmp_path):
             if state == "ours":
                 return
     raise AssertionError("the lock outlived its process")
+
+
+@pytest.mark.parametrize("name", ["ENOSYS", "EOPNOTSUPP", "ENOLCK"])
+def test_a_file_system_without_locks_is_said_and_the_work_is_done_without(tmp_path, monkeypatch, name):
+    fcntl = pytest.importorskip("fcntl", reason="Windows locks otherwise")
+
+    def refuse(*_arguments):
+        raise OSError(getattr(errno, name), "no locks here")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    for _ in range(2):  # nor is it held by the file that the first try made
+        with hold(tmp_path / "a.lock") as state:
+            assert state == "none"
+    store = Store(tmp_path / "cache", rows=4)
+    fill(store, number_items(5))
+    assert store.made == 5
+
+
+def test_a_lock_whose_file_cannot_be_made_is_an_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError), hold(tmp_path / "file" / "a.lock"):
+        pass

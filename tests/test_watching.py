@@ -32,7 +32,8 @@ def test_a_run_is_seen_while_it_runs_and_leaves_its_settings_and_record(teacher,
     entries = read_journal(settings)
     events = [entry["event"] for entry in entries]
     assert events[0] == "start" and events[-1] == "end" and events.count("step") == 6
-    assert (events.count("validation"), events.count("sheet"), events.count("save")) == (2, 1, 4)  # the end before and after it was looked at
+    counts = [events.count(name) for name in ("validation", "sheet", "save")]
+    assert counts == [2, 1, 4], "the last step is saved before it is looked at, and with what was found"
     by_event = {entry["event"]: entry for entry in entries}
     assert set(by_event["validation"]["errors"]) == {"0-100", "100-300", "300-600", "600-1000", "mean"}
     assert (settings.work / by_event["sheet"]["file"]).read_bytes().startswith(b"\x89PNG")

@@ -1,7 +1,9 @@
 """Tensors kept on disk by key: shards of some hundred rows, written whole, read row by row."""
 
 import contextlib
+import errno
 import hashlib
+import inspect
 import json
 import logging
 import shutil
@@ -12,7 +14,7 @@ from typing import BinaryIO, TypeVar
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
+from filelock import BaseFileLock, FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -24,6 +26,7 @@ from .source import DataError, Refused
 
 Item = TypeVar("Item")
 FORMAT = "dkd-cache-1"
+LOCKLESS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)  # what a file system without locks answers
 
 
 def make_key(*parts: object) -> bytes:
@@ -150,20 +153,39 @@ def describe_full(folder: Path, needed: int, reason: str) -> str:
 def hold(path: Path) -> Iterator[str]:
     """A lock while the block runs: `ours`, `taken` by another process, or `none` on a file system without locks.
 
-    A killed process loses its locks. Without locks work may be done twice, never wrongly.
+    A killed process loses its locks. Without locks work may be done twice, never wrongly. Raises OSError where the file
+    itself cannot be made.
     """
-    lock = FileLock(path)
+    lock = make_lock(path)
+    state = try_lock(lock)
+    try:
+        yield state
+    finally:
+        if state == "ours":
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
+            lock.release()
+
+
+def make_lock(path: Path) -> BaseFileLock:
+    """A lock of the system's, not one that is held by a file's existence: a killed process would keep that for ever."""
+    only = {"fallback_to_soft": False} if "fallback_to_soft" in inspect.signature(FileLock).parameters else {}
+    return FileLock(path, **only)
+
+
+def try_lock(lock: BaseFileLock) -> str:
+    """What came of it, as `hold` says it; nothing is waited for."""
     try:
         lock.acquire(blocking=False)
-    except (Timeout, NotImplementedError) as error:
-        yield "taken" if isinstance(error, Timeout) else "none"
-        return
-    try:
-        yield "ours"
-    finally:
-        with contextlib.suppress(OSError):
-            path.unlink(missing_ok=True)
-        lock.release()
+    except Timeout:
+        return "taken"
+    except NotImplementedError:
+        return "none"
+    except OSError as error:
+        if error.errno not in LOCKLESS:
+            raise
+        return "none"
+    return "ours"
 
 
 class Reader:

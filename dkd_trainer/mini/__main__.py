@@ -13,7 +13,6 @@ from ..host import SHIPPED_TEACHER, ensure_comfy
 from .emoji import GROUPS
 
 
-
 def read_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m dkd_trainer.mini", description=__doc__)
