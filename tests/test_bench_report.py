@@ -19,8 +19,8 @@ def make_record(name: str, seconds: list[float], **values) -> Record:
 
 def make_run() -> Run:
     records = [
-        make_record("unpatched", [4.0, 6.0, 10.0], pairs=100, difference=0.0, peak_memory=3_000_000_000, run_memory=5),
-        make_record("dha-fast", [2.0, 2.0, 4.0], pairs=20, difference=0.1, peak_memory=2_000_000_000, run_memory=4),
+        make_record("unpatched", [4.0, 6.0, 10.0], pairs=100, difference=0.0, run_memory=3_000_000_000),
+        make_record("dha-fast", [2.0, 2.0, 4.0], pairs=20, difference=0.1, run_memory=2_000_000_000),
         make_record("ceiling", [1.0, 1.5, 2.0], pairs=0, difference=0.1),
     ]
     machine = {"device": "Some GPU", "comfyui": "0", "torch": "0", "commit": "0", "command": "c"}
@@ -37,7 +37,15 @@ def test_ratio_is_the_median_of_ratios_within_a_round():
 
 def test_unfinished_run_says_so_and_memory_has_its_column():
     table = write_markdown(summarise(make_run()))
-    assert "not finished" in table and "peak GB" in table and "| 2.00 |" in table and "62%" in table
+    assert "not finished" in table and "MB a run" in table and "| 2000 |" in table and "62%" in table
+
+
+def test_an_older_result_that_says_all_memory_on_the_device_is_still_read():
+    document = summarise(make_run())
+    before = write_markdown(document)
+    for subject in document["results"][0]["subjects"]:
+        subject["peak_memory_bytes"] = 123_000_000_000
+    assert write_markdown(document) == before
 
 
 def test_a_task_that_could_not_be_set_up_has_its_error_in_the_report():

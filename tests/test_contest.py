@@ -9,7 +9,7 @@ import torch.nn.functional as F
 pytest.importorskip("aiohttp", reason="the bench drives ComfyUI, whose aiohttp is not installed")
 pytest.importorskip("PIL", reason="the bench draws a chart with Pillow, which is not installed")
 
-from workflows.bench.contest import Entrant, Forecast, PairCounter, hold_contest, share_time
+from workflows.bench.contest import Entrant, Forecast, PairCounter, Record, hold_contest, share_time, time_lap
 from workflows.bench.report import Result, Run, summarise
 from workflows.bench.schedule import PARTS, plan_tasks
 from workflows.bench.step import Size
@@ -57,10 +57,22 @@ def test_what_fails_is_noted_and_the_others_go_on(fails_at):
     assert "ratio" not in second and second["error"].startswith("OutOfMemory") and third["ratio"]["median"] > 0
 
 
-def test_without_the_unpatched_model_the_others_still_have_seconds():
-    records = hold_contest([enter("first", fails_at=1), enter("second", 0.3)], CPU, rounds=1)
-    first, second = summarise(Run({}, {}, [Result("step", {}, records)]))["results"][0]["subjects"]
-    assert "error" in first and second["ratio"] is None and second["seconds"]["median"] > 0
+def test_without_the_unpatched_model_the_others_still_have_seconds_but_nothing_to_differ_from():
+    records = hold_contest([enter("first", fails_at=1), enter("second", 0.3), enter("third")], CPU, rounds=1)
+    first, *others = summarise(Run({}, {}, [Result("step", {}, records)]))["results"][0]["subjects"]
+    assert "error" in first
+    for subject in others:
+        assert subject["ratio"] is None and subject["relative_difference"] is None
+        assert subject["seconds"]["median"] > 0
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_a_lap_on_a_gpu_begins_with_a_run_that_does_not_count():
+    runs = []
+    entrant = Entrant("ours", "ours", lambda: runs.append(torch.ones(2**20, device="cuda")) or runs[-1])
+    record = Record("ours", "ours", runs_per_lap=3)
+    time_lap(entrant, record, torch.device("cuda"))
+    assert len(runs) == 4 and record.run_memory == 3 * 2**22
 
 
 def test_where_time_is_short_the_last_ones_are_left_out():

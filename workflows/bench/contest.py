@@ -40,8 +40,8 @@ class Record:
     """What came out for an entrant.
 
     `seconds` a run by round; `pairs` of query and key in PyTorch's attention; `difference` of the output to the first
-    entrant's, relative norm, None where that is no number; `peak_memory` on the device and `run_memory` beyond what lay
-    there before in bytes; `error` says why figures are missing.
+    entrant's, relative norm, None where that is no number or has none; `run_memory` in bytes, beyond what lay on the
+    device before: the weights of all entrants may; `error` says why figures are missing.
     """
 
     name: str
@@ -52,7 +52,6 @@ class Record:
     graph_breaks: int | None = None
     runs_per_lap: int = 1
     seconds: list[float] = field(default_factory=list)
-    peak_memory: int | None = None
     run_memory: int | None = None
     error: str | None = None
 
@@ -88,9 +87,9 @@ def time_runs(entrant: Entrant, device: torch.device, runs: int) -> float:
     return (time.perf_counter() - start) / runs
 
 
-def relate(output: Tensor, reference: Tensor) -> float | None:
-    """Norm of the difference over the norm of the reference; None where that is no number."""
-    if output.shape != reference.shape:
+def relate(output: Tensor, reference: Tensor | None) -> float | None:
+    """Norm of the difference over the norm of the reference; None where that is no number or there is none."""
+    if reference is None or output.shape != reference.shape:
         return None
     ratio = ((output - reference).float().norm() / reference.float().norm()).item()
     return ratio if math.isfinite(ratio) else None
@@ -133,16 +132,15 @@ def choose_runs(entrant: Entrant, record: Record, device: torch.device) -> None:
 
 
 def time_lap(entrant: Entrant, record: Record, device: torch.device) -> float:
-    """One round's seconds a run; the highest memory on CUDA goes into the record."""
+    """One round's seconds a run; the most memory that one takes on CUDA goes into the record."""
     entrant.prepare()
     if device.type != "cuda":
         return time_runs(entrant, device, record.runs_per_lap)
+    entrant.run()  # untimed: to load a model may empty the allocator's cache, which the next run fills again
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
     seconds = time_runs(entrant, device, record.runs_per_lap)
-    peak = torch.cuda.max_memory_allocated(device)
-    record.peak_memory = max(record.peak_memory or 0, peak)
-    record.run_memory = max(record.run_memory or 0, peak - before)
+    record.run_memory = max(record.run_memory or 0, torch.cuda.max_memory_allocated(device) - before)
     return seconds
 
 
@@ -188,7 +186,7 @@ class Contest:
         round_seconds = sum(max(self.records[i].seconds[0], shortest) for i in self.live)
         record.error = find_refusal(self.expect(entrant), round_seconds, self.deadline)
         if record.error is None:
-            attempt(record, lambda: self.try_out(entrant, record))
+            attempt(record, lambda: self.try_out(index))
         if record.error is None:
             self.forecast.learn(entrant, record.seconds[0])
             self.live.append(index)
@@ -202,9 +200,11 @@ class Contest:
         run = first.seconds[0] if run is None and first else run
         return None if run is None else 2 * run
 
-    def try_out(self, entrant: Entrant, record: Record) -> None:
+    def try_out(self, index: int) -> None:
+        """Warm an entrant up; the first one's output, and no other's, is what all are held against."""
+        entrant, record = self.entrants[index], self.records[index]
         output = warm_up(entrant, record, self.device)
-        self.reference = output if self.reference is None else self.reference
+        self.reference = output if index == 0 else self.reference
         record.difference = relate(output, self.reference)
         del output
         choose_runs(entrant, record, self.device)

@@ -76,7 +76,6 @@ def summarise_record(record: Record, records: list[Record]) -> dict[str, Any]:
         "attention_pairs": record.pairs,
         "attention_pairs_share": record.pairs / first.pairs if record.pairs is not None and first.pairs else None,
         "relative_difference": record.difference,
-        "peak_memory_bytes": record.peak_memory,
         "run_memory_bytes": record.run_memory,
         "graph_breaks": record.graph_breaks,
         "warm_up_seconds": record.warm_up_seconds,
@@ -198,7 +197,6 @@ def list_cells(subject: dict[str, Any], as_shares: bool) -> dict[str, str]:
         ("of the ceiling", "share_of_ceiling", 1, ".0%"),
         ("key pairs", "attention_pairs_share", 1, ".1%"),
         ("MB a run", "run_memory_bytes", 1e-6, ".0f"),
-        ("peak GB", "peak_memory_bytes", 1e-9, ".2f"),
         ("graph breaks", "graph_breaks", 1, "d"),
     ):
         if subject[key] is not None:
