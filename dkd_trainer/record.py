@@ -14,14 +14,11 @@ ABSOLUTE = re.compile(r"""(?:^|(?<=[=,\["']))(?:/|[A-Za-z]:[\\/])[^,"'\]]+""")  
 
 
 def current_commit() -> str:
-    """The repository's commit, or `unknown` outside one."""
+    """The repository's commit, with `-dirty` where files differ from it, or `unknown` outside one."""
     try:
-        command = ["git", "rev-parse", "--short", "HEAD"]
-        return (
-            subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
-            or "unknown"
-        )
-    except OSError:
+        command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
 

@@ -130,8 +130,16 @@ def test_the_branch_runs_with_the_student_unless_it_is_told_not_to(make_settings
     assert training.student.sites["output_9"].memory.tokens.grad is None, "a branch has no decoder"
     training.controls.accelerate = False
     inputs = (batch.noisy, batch.t, batch.context)
-    _, _, losses = training.controls.steer(batch, inputs, {}, {"control"}, False)
+    _, _, losses = training.controls.steer(batch, inputs, [{}], {"control"}, False)
     assert losses["control"] == 0
+
+
+def test_what_the_control_says_of_the_teacher_is_found_once_for_all_grids(make_settings, prepare, monkeypatch):
+    training = prepare(make_settings())
+    find, calls = training.controls.find_pairs, []
+    monkeypatch.setattr(training.controls, "find_pairs", lambda *parts: calls.append(parts) or find(*parts))
+    measure(training, 4)
+    assert [len(parts) for parts in calls] == [2, 3, 3], "the teacher's, and one with the student for each grid"
 
 
 def test_the_controls_terms_need_a_branch_that_runs_with_the_student(make_settings, prepare):

@@ -224,3 +224,16 @@ def load_weights_equal(first, second):
 
     a, b = load(first), load(second)
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_an_error_is_noted_once_whatever_the_number_of_processes(make_settings):
+    from dkd_trainer.engine.occupancy import occupy
+    from dkd_trainer.engine.processes import Processes
+
+    settings = make_settings()
+    for place in (1, 0):
+        processes = Processes(settings.train)
+        processes.place = place
+        with pytest.raises(ValueError), occupy(settings.work, processes):
+            raise ValueError("no pairs")
+    assert [(entry["event"], entry["message"]) for entry in read_journal(settings)] == [("error", "no pairs")]

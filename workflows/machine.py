@@ -2,12 +2,11 @@
 
 import os
 import platform
-import subprocess
 from dataclasses import dataclass
 
-from dkd_trainer.record import current_command, name_processor
+from dkd_trainer.record import current_command, current_commit, name_processor
 
-from .server import PACK, Server
+from .server import Server
 
 
 @dataclass(frozen=True)
@@ -34,15 +33,6 @@ def describe_machine(server: Server, module: str) -> Machine:
         comfyui=stats["system"]["comfyui_version"],
         torch=stats["system"]["pytorch_version"],
         python=platform.python_version(),
-        commit=read_commit(),
+        commit=current_commit(),
         command=current_command(module),
     )
-
-
-def read_commit() -> str:
-    """The checkout's commit; `unknown` outside of git."""
-    try:
-        command = ["git", "-C", str(PACK), "describe", "--always", "--dirty"]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"

@@ -49,23 +49,27 @@ class Controls:
         return json.loads(json.dumps({"branch": self.accelerate, "controls": controls}))
 
     def steer(
-        self, batch: Batch, inputs: Inputs, options: dict, terms: Collection[str], checkpointing: bool
-    ) -> tuple[dict, dict, dict[str, Tensor]]:
-        """What `imitation_losses` asks for: the teacher's and the student's options, and the control's own losses."""
+        self, batch: Batch, inputs: Inputs, runs: Sequence[dict], terms: Collection[str], checkpointing: bool
+    ) -> tuple[dict, list[dict], dict[str, Tensor]]:
+        """What `imitation_losses` asks for: the teacher's and the runs' options, and losses of the first run."""
         branch = self.choose(batch).branch
         shown, imitated = Features(), Features()
         kept = (shown, imitated) if "control_blocks" in terms else (None, None)
         with torch.no_grad(), keep_blocks(branch, kept[0]):
-            taught = found = self.find_pairs(batch, inputs)
+            taught = self.find_pairs(batch, inputs)
+        found = [taught] * len(runs)
         if self.accelerate:
-            with keep_blocks(branch, kept[1]), recompute_layers(branch, checkpointing):
-                found = self.find_pairs(batch, inputs, options)
+            with recompute_layers(branch, checkpointing):
+                with keep_blocks(branch, kept[1]):
+                    first = self.find_pairs(batch, inputs, runs[0])
+                found = [first, *(self.find_pairs(batch, inputs, options) for options in runs[1:])]
         losses = {}
         if "control" in terms:
-            losses["control"] = compare_pairs(found, taught)
+            losses["control"] = compare_pairs(found[0], taught)
         if "control_blocks" in terms:
             losses["control_blocks"] = mean_error(imitated.blocks, shown.blocks)
-        return apply_pairs({}, taught), apply_pairs(options, found), losses
+        steered = [apply_pairs(options, pairs) for options, pairs in zip(runs, found, strict=True)]
+        return apply_pairs({}, taught), steered, losses
 
     def watch(self, student: Student, batch: Batch, spread: float = 1.0) -> tuple[dict, dict[str, Tensor]]:
         """Stage 1: the steered teacher's options, and what `transfer_losses` are in the branch's own layers."""

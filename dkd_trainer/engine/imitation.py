@@ -43,13 +43,13 @@ def imitation_losses(
     terms: Collection[str] = ("output",),
     guided: bool = False,
     checkpointing: bool = False,
-    steer: Callable[[tuple[Tensor, ...], dict], tuple[dict, dict, dict[str, Tensor]]] | None = None,
+    steer: Callable[[tuple[Tensor, ...], list[dict]], tuple[dict, list[dict], dict[str, Tensor]]] | None = None,
     spread: float = 1.0,
 ) -> dict[str, Tensor]:
     """The loss terms named in `terms`, as in `settings.ImitationSettings`, with gradients to the student alone.
 
     With `guided` both models run with and without the prompt, and what guidance mixes is compared (arXiv 2210.03142).
-    `steer(inputs, student's options)` gives the options of the teacher, those of the student, and losses of its own.
+    `steer(inputs, options of the student's runs)` gives the teacher's options, the runs', and losses of its own.
     With a `spread` below 1 the student runs on two grids for the term `output`, see `joint_error`; all other terms are
     of the first run.
     """
@@ -61,9 +61,7 @@ def imitation_losses(
     losses: dict[str, Tensor] = {}
     runs = list_runs(student, batch, spread)
     if steer is not None:
-        steered = [steer(inputs, options) for options in runs]
-        led, _, losses = steered[0]
-        runs = [options for _, options, _ in steered]
+        led, runs, losses = steer(inputs, runs)
     with torch.no_grad(), keep_blocks(teacher.unet, blocks[0]):
         target = teacher.predict(*inputs, shown.add_to(led) if wants_attention else led)
     with recompute_layers(teacher.unet, checkpointing):

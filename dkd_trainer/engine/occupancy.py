@@ -24,10 +24,10 @@ class FolderOccupied(ValueError):
 
 @contextlib.contextmanager
 def occupy(folder: Path, processes: Processes) -> Iterator[None]:
-    """Keep a work folder for one run, which all of `processes` are, while the block lasts; its errors are noted there.
+    """Keep a work folder for one run, which all of `processes` are, while the block lasts.
 
-    Raises FolderOccupied, on all of them, while another run lives; a killed one holds nothing. On a file system without
-    locks nothing is kept apart.
+    The first one's error is noted there. Raises FolderOccupied, on all of them, while another run lives; a killed one
+    holds nothing. On a file system without locks nothing is kept apart.
     """
     with contextlib.ExitStack() as stack:
         occupied = stack.enter_context(take(folder)) if processes.is_first else ""
@@ -38,8 +38,9 @@ def occupy(folder: Path, processes: Processes) -> Iterator[None]:
         except TrainingStopped:
             raise
         except Exception as error:
-            with contextlib.suppress(OSError):  # a full disk may be the error, or the folder another host's
-                Journal(folder / "journal.jsonl").write("error", message=str(error))
+            if processes.is_first:  # the others mostly fail of the same
+                with contextlib.suppress(OSError):  # a full disk may be the error
+                    Journal(folder / "journal.jsonl").write("error", message=str(error))
             raise
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -75,6 +76,12 @@ def watch_sites(
     sites = {site.block: site for site in student.list_sites()}
     generator = torch.Generator().manual_seed(seed)
 
+    @cache
+    def draw_all(device: torch.device) -> dict[tuple[str, int], Tensor]:
+        """The phases (count,) of every site, in one copy: each waits for all that the device has to do."""
+        drawn = torch.stack([draw_phases(seed + number, count_grids(spread)) for number in range(len(sites))])
+        return dict(zip(sites, drawn.to(device), strict=True))
+
     def keep_embedding(emb, _channels, options):
         options["dkd_embedding"] = emb
         return emb
@@ -95,7 +102,7 @@ def watch_sites(
                 losses[site.name] = relative_error(module(x, emb), out)
         elif plan.coarse + plan.chosen < plan.tokens:
             with torch.enable_grad():
-                grids = draw_grids(plan, seed + len(losses), spread, x.device)
+                grids = list_grids(plan, draw_all(x.device)[site.block])
                 outputs = [module(attention, trained_attention, x, emb, plan, attention.heads, g) for g in grids]
                 losses[site.name] = joint_error(outputs, out, spread)
                 if plan.chosen:
@@ -106,11 +113,9 @@ def watch_sites(
     return {"emb_patch": [keep_embedding], "attn1_patch": [keep_input], "attn1_output_patch": [compare_output]}
 
 
-def draw_grids(plan: ContextPlan, seed: int, spread: float, device: torch.device) -> list[Tensor | None]:
-    """The grids (coarse,) that a loss with a `spread` compares; None where a plan has no grid."""
-    if not plan.coarse:
-        return [None]
-    return list(dithered_indices(plan, draw_phases(seed, count_grids(spread), device)))
+def list_grids(plan: ContextPlan, phases: Tensor) -> list[Tensor | None]:
+    """The grids (coarse,) at phases (count,); one None where a plan has no grid."""
+    return list(dithered_indices(plan, phases)) if plan.coarse else [None]
 
 
 def count_grids(spread: float) -> int:

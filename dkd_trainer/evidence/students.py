@@ -101,18 +101,18 @@ def describe(file: Path, student: Student, spending: Spending | None) -> Subject
 
     Shown are a student at its own budget and at the preset in the middle, whichever comes last.
     """
-    own = (spend_budget(student.config.token_budget).name, MIDDLE)
-    name = file.stem if spending is None else f"{file.stem}, {spending.name}"
-    family = file.stem if spending is None else file.stem + spending.family
-    label = "official" if spending is None else spending.label
-    budget, most, end = (None, None, 1.0) if spending is None else dataclasses.astuple(spending.preset)
+    name, family, label, shown = file.stem, file.stem, "official", True
+    budget, most, end = None, None, 1.0
+    if spending is not None:
+        name, family, label = f"{file.stem}, {spending.name}", file.stem + spending.family, spending.label
+        shown = spending.name in (spend_budget(student.config.token_budget).name, MIDDLE)
+        budget, most, end = dataclasses.astuple(spending.preset)
 
     def build(teacher: Teacher, _side: int) -> dict:
         return student_options(fit_student(student, teacher), budget, most)
 
     attributes = student.list_attributes([site.block for site in student.list_sites()])
     identity = f"{name_file(file)} {budget} {most}"
-    shown = spending is None or spending.name in own
     kept = {"identity": identity, "attributes": attributes, "end": end}
     return Subject(name, family, build, label, is_dha=True, is_shown=shown, **kept)
 

@@ -11,9 +11,8 @@ from typing import Any
 import torch
 
 from dha.whole_file import write_whole
-from dkd_trainer.record import name_processor
+from dkd_trainer.record import current_commit, name_processor
 
-from ..machine import read_commit
 from .chart import draw_chart
 from .contest import Record
 
@@ -115,7 +114,7 @@ def describe_machine(device: torch.device, comfyui: str, command: str) -> dict[s
         "torch": torch.__version__,
         "python": platform.python_version(),
         "system": platform.system(),
-        "commit": read_commit(),
+        "commit": current_commit(),
         "command": command,
     }
 
