@@ -1,6 +1,7 @@
 """The control file keeps what it is given, and every wrong file gets one clear error; published ones are converted."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -182,6 +183,15 @@ def test_checkpoints_without_a_branch_are_refused_by_what_they_are(tmp_path):
         read_published(path, "low")
     with pytest.raises(ControlFileError, match="does not exist"):
         read_published(tmp_path / "absent.ckpt", "low")
+
+
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="no file of this system can be opened but not read")
+@pytest.mark.parametrize("name", ["control.safetensors", "published.ckpt"])
+def test_a_file_that_the_system_does_not_hand_out_is_not_called_damaged(tmp_path, name):
+    path = tmp_path / name
+    path.symlink_to("/proc/self/mem")
+    with pytest.raises(ControlFileError, match=f"{name} cannot be read .*check its permissions and the disk"):
+        load_control(path) if path.suffix == ".safetensors" else read_published(path, "low")
 
 
 def test_a_branch_of_another_shape_is_refused(tmp_path):

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -55,6 +56,19 @@ def test_no_file(tmp_path):
     refuse(tmp_path / "absent.safetensors", "does not exist", "models/dha")
     (tmp_path / "folder.safetensors").mkdir()
     refuse(tmp_path / "folder.safetensors", "is a folder")
+
+
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="no file of this system can be opened but not read")
+def test_a_file_that_the_system_does_not_hand_out_is_not_called_a_bad_download(tmp_path):
+    path = tmp_path / "student.safetensors"
+    path.symlink_to("/proc/self/mem")
+    refuse(path, "cannot be read", "check its permissions and the disk")
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="this user may read every file")
+def test_a_file_that_may_not_be_read_is_not_called_missing(path):
+    path.chmod(0)
+    refuse(path, "Permission denied", "check its permissions and the disk")
 
 
 def test_other_kinds_of_models(path):

@@ -111,6 +111,28 @@ def test_the_newest_training_is_offered_first(studio, folders):
     assert choices[0] == "newer/abcd" and "older" in choices
 
 
+def test_of_two_trainings_with_one_name_the_newest_is_shown(studio, folders, tmp_path, monkeypatch):
+    import folder_paths
+
+    more = folder_paths.get_folder_paths("dha") + [str(tmp_path)]
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "dha", (more, {".safetensors"}))
+    write_training(folders[0] / "twice.work", steps=3)
+    time.sleep(0.02)
+    write_training(tmp_path / "twice.work", steps=7)
+    assert look(studio, "twice")[2]["step"] == 7 and list_choices(studio).count("twice") == 1
+    time.sleep(0.02)
+    Journal(folders[0] / "twice.work" / "journal.jsonl").write("stop", step=4)
+    assert look(studio, "twice")[2]["state"] == "stopped"
+
+
+def test_a_training_that_is_deleted_meanwhile_is_not_offered(studio, folders):
+    """A link that leads nowhere is found and cannot be looked at, as a journal in that moment."""
+    gone = folders[0] / "vanishing.work"
+    gone.mkdir()
+    (gone / "journal.jsonl").symlink_to(gone / "nothing")
+    assert "vanishing" not in list_choices(studio)
+
+
 def test_a_training_that_is_gone_is_explained(studio):
     with pytest.raises(ValueError, match="no training 'gone'.*press R"):
         look(studio, "gone")

@@ -1,0 +1,59 @@
+"""The warm-up of the nodes that time models, in a real ComfyUI: the steps that the timed runs begin and end with."""
+
+import pytest
+import torch
+
+SCHEDULES = [
+    ("euler", "normal"),
+    ("euler", "simple"),
+    ("euler", "sgm_uniform"),
+    ("euler", "beta"),
+    ("euler", "linear_quadratic"),
+    ("dpm_2", "normal"),
+    ("uni_pc", "normal"),
+]
+
+
+@pytest.fixture
+def measure(studio, student, module):
+    """Noise level, and whether it is shortened, of every forward of a model's warm-up and of a run after it."""
+
+    def run(preset="quality", **changes):
+        settings = {"levels": "two finest", "token_budget": 0.1, "start_percent": 0.0, "end_percent": 1.0}
+        model = studio.call("ApplyDHA", model=studio.model, student=student, preset=preset, **settings)
+        seen = []
+
+        def note(executor, x, timesteps, context, y=None, control=None, options=None, **kwargs):
+            seen.append((options["sigmas"][0].item(), options["dha_window"]))
+            return executor(x, timesteps, context, y, control, options, **kwargs)
+
+        model.add_wrapper_with_key("diffusion_model", "test", note)
+        conditions = {"positive": studio.positive, "negative": studio.negative}
+        values = {"seed": 0, "steps": 10, "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0}
+        sampling, latent = module("timing").Sampling(**{**values, **changes}, **conditions), torch.zeros(1, 4, 8, 8)
+        with torch.inference_mode():
+            module("timing").warm_up(sampling, model, {"samples": latent}, None)
+            warmed = len(seen)
+            sampling.run(model, {"samples": latent}, None)
+        return seen[:warmed], seen[warmed:]
+
+    return run
+
+
+@pytest.mark.parametrize(("sampler", "scheduler"), SCHEDULES)
+@pytest.mark.parametrize("denoise", [1.0, 0.5])
+def test_the_warm_up_has_the_first_and_the_last_step_of_the_schedule(measure, sampler, scheduler, denoise):
+    warmed, timed = measure(sampler_name=sampler, scheduler=scheduler, denoise=denoise)
+    assert len(warmed) < len(timed)
+    assert (warmed[0], warmed[-1]) == (timed[0], timed[-1])
+
+
+def test_steps_that_a_preset_leaves_exact_are_warmed_up_too(measure):
+    warmed, timed = measure()
+    assert [shortened for _, shortened in warmed] == [True, False] == [timed[0][1], timed[-1][1]]
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_a_schedule_of_no_more_than_two_steps_is_warmed_up_whole(measure, steps):
+    warmed, timed = measure(steps=steps)
+    assert warmed == timed and len(warmed) == steps
