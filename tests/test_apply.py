@@ -234,6 +234,18 @@ def test_precisions(studio, student, dtype):
     assert relate(studio.draw(studio.apply(loaded[0], student=student, budget=1.0)), exact) < 1e-5
 
 
+def test_a_kernel_that_another_pack_gives_the_host_is_used(studio, student, monkeypatch):
+    from comfy.ldm.modules import attention
+
+    own, calls = attention.optimized_attention, []
+    patched = studio.apply(student=student)
+    monkeypatch.setattr(attention, "optimized_attention", lambda *args, **kw: calls.append(1) or own(*args, **kw))
+    studio.draw()
+    expected = len(calls)
+    studio.draw(patched)
+    assert len(calls) == 2 * expected > 0
+
+
 class CountedSigmas(torch.Tensor):
     """Noise levels that count how often they are fetched from their device."""
 

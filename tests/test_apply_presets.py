@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import relate
 
+from dha.patch import WATCH
 from dha.peak import LiveTensors
 
 PRESETS = [("quality", 0.25, 0.8), ("balanced", 0.125, 0.9), ("fast", 0.0625, 1.0)]
@@ -23,10 +24,21 @@ def test_preset_takes_the_place_of_the_budget_and_has_an_end_of_its_own(studio, 
         assert relate(studio.draw(named, steps=10), studio.draw(studio.apply(student=student, budget=budget), steps=10))
 
 
-def test_an_earlier_end_or_a_later_start_than_the_presets_counts(studio, student):
+def test_an_earlier_end_or_a_later_start_than_the_presets_counts(studio, student, caplog):
     earlier, own = apply_preset(studio, student, "balanced", end=0.5), studio.apply(student=student, end=0.5)
     assert torch.equal(studio.draw(earlier, steps=4), studio.draw(own, steps=4))
+    assert "preset's own end" not in caplog.text
     assert apply_preset(studio, student, "quality", start=0.8) is studio.model
+    assert "start_percent 0.8 does not come before the preset's own end" in caplog.text
+
+
+@pytest.mark.parametrize(("side", "budget", "keys"), [(96, 0.5, {4608}), (72, 1.0, set())])
+def test_a_share_of_the_tokens_has_no_cap(studio, side, budget, keys):
+    """At more than 4096 tokens, too; with all of them the layer is left alone."""
+    model, found = studio.apply(levels="finest", budget=budget), set()
+    model.model_options["transformer_options"][WATCH] = lambda _, plan, *__: found.add(plan.coarse + plan.chosen)
+    studio.draw(model, size=(8 * side, 8 * side), steps=1, cfg=1.0)
+    assert found == keys
 
 
 def test_a_new_node_is_balanced_and_a_graph_without_a_preset_gets_its_token_budget(studio, student):

@@ -11,6 +11,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load
 
+from dha.fidelity import ssim
+from dha.peak import LiveTensors
 from workflows.formats import fill_defaults
 from workflows.graphs import CHECKPOINT, FOLDER, Picture, compare, node, prepare, time_models
 from workflows.server import ServerError, find_comfyui, serve
@@ -190,6 +192,35 @@ def test_a_report_is_not_saved_outside_of_the_output_folder(server):
 def test_pictures_of_different_sizes_are_refused(server):
     with pytest.raises(ServerError, match="original 1 of 16x16, student 1 of 24x16"):
         run(server, compare_colours(0, 0, sizes=((16, 16), (24, 16))))
+
+
+class OnGPU(torch.Tensor):
+    """Pictures as ComfyUI keeps them with --gpu-only: nothing on the CPU works with them before they are fetched."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function is torch.Tensor.cpu:
+            return args[0].as_subclass(torch.Tensor)
+        if function is torch.Tensor.as_subclass:
+            return super().__torch_function__(function, types, args, kwargs)
+        raise RuntimeError("Expected all tensors to be on the same device")
+
+
+def test_pictures_on_the_gpu_are_measured_on_the_cpu(module):
+    first, second = torch.rand(2, 1, 16, 16, 3, generator=torch.Generator().manual_seed(0))
+    measure = module("compare_pictures").measure_difference
+    assert measure(first.as_subclass(OnGPU), second.as_subclass(OnGPU)) == measure(first, second)
+
+
+def test_the_similarity_of_a_batch_takes_no_more_memory_than_that_of_a_picture(module):
+    first, second = torch.rand(2, 8, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    peaks = []
+    for count in (1, 8):
+        with LiveTensors() as live:
+            found = module("compare_pictures").measure_structure(first[:count], second[:count])
+        peaks.append(live.highest)
+    assert peaks[1] < 1.1 * peaks[0]
+    torch.testing.assert_close(found, ssim(first, second))
 
 
 def test_a_report_that_is_none_is_refused(server):

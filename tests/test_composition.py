@@ -204,13 +204,24 @@ def test_controlnet(studio, student, control, cfg):
     assert relate(studio.draw(studio.apply(student=student, budget=1.0), **settings), exact) < 1e-5
 
 
-def test_published_students(studio, undisturbed):
-    """Students of mode `official` compute a layer's output from its untiled input, so HyperTile has to come first."""
-    published = studio.load_student("published", config=DHAConfig(mode="official", levels=(1,)))
-    drawn = studio.draw(studio.apply(student=published))
-    assert relate(drawn, undisturbed) > 1e-4
+def test_published_students_leave_levels_to_peers(studio, undisturbed):
+    """HyperTile at the finest level alone, the student at the next: the order does not matter."""
+    published = studio.load_student("published", config=DHAConfig(mode="official", levels=(1,), norm_groups=4))
+    alone = studio.draw(studio.apply(student=published))
+    assert relate(alone, undisturbed) > 1e-4
+    first, second = (studio.draw(combine(studio, "HyperTile", order, student=published)) for order in ORDERS)
+    assert relate(first, second) < 1e-5 and relate(first, alone) > 1e-5
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_published_students_refuse_parts_of_a_picture(studio, undisturbed, order):
+    """They compute a layer's output from all of its tokens, and the model has their norms: neither can be left out."""
+    published = studio.load_student("published", config=DHAConfig(mode="official", levels=(1,), norm_groups=4))
     tiles = {"tile_size": 32, "swap_size": 1, "max_depth": 1, "scale_depth": False}
-    tiled = studio.call("HyperTile", model=studio.model, **tiles)
-    assert torch.equal(studio.draw(studio.apply(tiled, student=published)), studio.draw(tiled))
-    with pytest.raises(RuntimeError, match="put HyperTile or ToMe before Apply DHA"):
-        studio.draw(studio.call("HyperTile", model=studio.apply(student=published), **tiles))
+    if order == "peer first":
+        model = studio.apply(studio.call("HyperTile", model=studio.model, **tiles), student=published)
+    else:
+        model = studio.call("HyperTile", model=studio.apply(student=published), **tiles)
+    with pytest.raises(RuntimeError, match="tiled or merged the tokens.*bypass HyperTile or ToMe"):
+        studio.draw(model)
+    assert torch.equal(studio.draw(), undisturbed)

@@ -86,6 +86,13 @@ def test_pairs_of_strength_zero_leave_the_prediction_as_it_is(unet, branch, gold
     assert torch.equal(predict(unet, golden, pairs), predict(unet, golden))
 
 
+def test_pairs_of_full_strength_are_not_multiplied():
+    pair = Pair(torch.randn(1, 2, 3, 3), torch.randn(1, 2, 3, 3))
+    assert pair.scale(1.0) is pair
+    half = pair.scale(0.5)
+    assert torch.equal(half.add, pair.add / 2) and torch.equal(half.mul, pair.mul / 2)
+
+
 def test_gradients_reach_every_weight_of_the_branch_through_a_frozen_unet(unet, unet_class, golden):
     branch = FCNet(unet_class(**SHAPE))
     branch.load_state_dict(take(golden, PREFIX))

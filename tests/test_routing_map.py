@@ -162,5 +162,5 @@ def test_a_level_that_is_not_replaced_is_explained(studio, student, draw_map):
 
 def test_a_published_student_has_no_map(studio, draw_map):
     published = studio.load_student("published-map", config=DHAConfig(mode="official", levels=(1,)))
-    with pytest.raises(ValueError, match="no layer at the level"):
+    with pytest.raises(ValueError, match="a student of mode 'official'.*inside of their own attention"):
         draw_map(studio.apply(student=published), level="second")
