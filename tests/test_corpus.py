@@ -298,6 +298,35 @@ def test_two_processes_share_the_work(pairs, teacher, corpus, studio, tmp_path):
     assert not list(tmp_path.rglob("*.lock")) and not list(tmp_path.rglob("*.partial"))
 
 
+def test_processes_that_start_at_once_read_every_picture_once(pairs, tmp_path, monkeypatch):
+    from concurrent.futures import ThreadPoolExecutor
+
+    from dkd_trainer.data import frames, ledger
+    from dkd_trainer.data.buckets import Framing
+    from dkd_trainer.data.encoder import Encoder
+    from dkd_trainer.data.pairs import list_source
+
+    look_at, seen = frames.look_at, []
+
+    def look_slowly(pair):
+        seen.append(pair.name)
+        time.sleep(0.05)
+        return look_at(pair)
+
+    monkeypatch.setattr(frames, "look_at", look_slowly)
+    monkeypatch.setattr(ledger, "YOUNG", 0)
+
+    def look(_number):
+        with ThreadPoolExecutor(1) as pool:
+            return Encoder(None, tmp_path, Framing(SIZE), Drawing(), SMALL).look(list_source(pairs), pool)
+
+    with ThreadPoolExecutor(3) as processes:
+        first, *others = processes.map(look, range(3))
+    assert len(first) == 11 and all(other == first for other in others)
+    assert sorted(seen) == sorted(set(seen)) and len(seen) == 11
+    assert not list(tmp_path.glob("*.lock"))
+
+
 def test_drawing_in_bf16_is_near_and_kept_apart(teacher, tmp_path):
     source = tmp_path / "prompts.txt"
     source.write_text("octopus\n")

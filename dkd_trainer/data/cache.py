@@ -167,6 +167,17 @@ def hold(path: Path) -> Iterator[str]:
             lock.release()
 
 
+@contextlib.contextmanager
+def wait_for(path: Path) -> Iterator[None]:
+    """`hold` for work that another process may be at: first it is waited for."""
+    while True:
+        with hold(path) as state:
+            if state != "taken":
+                yield
+                return
+        time.sleep(0.2)
+
+
 def make_lock(path: Path) -> BaseFileLock:
     """A lock of the system's, not one that is held by a file's existence: a killed process would keep that for ever."""
     only = {"fallback_to_soft": False} if "fallback_to_soft" in inspect.signature(FileLock).parameters else {}

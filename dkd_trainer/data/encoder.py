@@ -1,5 +1,7 @@
 """Brings pairs into the cache: which tensors they need, where those are kept, what was refused."""
 
+import contextlib
+import hashlib
 import os
 from collections.abc import Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -11,10 +13,10 @@ import torch
 from torch import Tensor
 
 from .buckets import Framing
-from .cache import Reader, Store, make_key
+from .cache import Reader, Store, make_key, wait_for
 from .drawing import Drawing, Sketch, draw_latents, plan_seeds
 from .frames import Frame, check_finite, encode_pictures, frame_picture, look_at_all, split
-from .ledger import Ledger
+from .ledger import Ledger, Look
 from .source import CHANGED, DataError, Listing, Pair, Refused, Skip
 
 RECIPE = "covered, middle, lanczos, transparency on white"  # a picture's latent depends on it; change it with the code
@@ -74,9 +76,7 @@ class Encoder:
     def encode(self, listing: Listing) -> Encoded:
         """Pairs with pictures."""
         with ThreadPoolExecutor(WORKERS) as pool:
-            ledger = Ledger(self.folder / "looks.sqlite")
-            looks = look_at_all(listing.pairs, ledger, pool, self.title("look at pictures"))
-            ledger.close()
+            looks = self.look(listing, pool)
             found = [frame_picture(pair, look, self.framing) for pair, look in zip(listing.pairs, looks, strict=True)]
             frames = [frame for frame in found if isinstance(frame, Frame)]
             contexts = self.fill_contexts([frame.pair.prompt for frame in frames])
@@ -85,6 +85,14 @@ class Encoder:
         skipped = [skip for skip in found if isinstance(skip, Skip)]
         shapes = [(frame.width, frame.height) for frame in frames]
         return Encoded([frame.pair for frame in frames], keys, shapes, contexts, latents, skipped)
+
+    def look(self, listing: Listing, pool: Executor) -> list[Look]:
+        """What the pictures are; of several processes the first reads the files, the others what it remembered."""
+        ledger = Ledger(self.folder / "looks.sqlite")
+        name = hashlib.sha256(str(Path(listing.source).resolve()).encode()).hexdigest()[:8]
+        alone = wait_for(self.folder / f"looks-{name}.lock") if ledger.database else contextlib.nullcontext()
+        with alone, contextlib.closing(ledger):
+            return look_at_all(listing.pairs, ledger, pool, self.title("look at pictures"))
 
     def fill_contexts(self, prompts: list[str]) -> Store:
         """The contexts of prompts and of the empty one, each once."""
