@@ -69,6 +69,36 @@ def test_outside_its_percents_it_does_nothing(studio, control, source, undisturb
     assert relate(*drawn) > 1e-4
 
 
+def test_two_controls_have_a_window_each(studio, control, source):
+    other, x, context = load(studio, "high", band="high", seed=1), draw_source(seed=3), torch.randn(1, 77, 128)
+    early, late = {"start": 0.0, "end": 0.5}, {"start": 0.5, "end": 1.0}
+    both = steer(studio, other, source, model=steer(studio, control, source, **early), **late)
+    for sigma, alone in ((10.0, steer(studio, control, source)), (0.1, steer(studio, other, source))):
+        found, plain = (predict(model, x, context, sigma=sigma) for model in (both, studio.model))
+        assert torch.equal(found, predict(alone, x, context, sigma=sigma)) and not torch.equal(found, plain)
+
+
+def test_a_window_does_not_break_a_compiled_graph(studio, control, source):
+    """It is asked before the UNet is entered; inside, noise levels would have to be fetched from the device."""
+    ((wrap,),) = steer(studio, control, source, end=0.5).wrappers["diffusion_model"].values()
+    x, level, context = draw_source(), torch.tensor([0.1]), torch.randn(1, 77, 128)
+
+    def find_pairs(x, level):
+        options = {"sigmas": level, "dha_control_window": False}
+        return wrap(lambda *given: given[5]["dha_control"], x, level, context, None, None, options)
+
+    assert torch.compile(find_pairs, backend="eager", fullgraph=True)(x, level) is None
+
+
+def test_compiled_code_keeps_no_hint(studio, control, source, module):
+    branch, x = control.build_for(studio.model).model, draw_source()
+    hint = module("control_branch").Hint(source, "low", 0)
+    with torch.inference_mode():
+        found = torch.compile(lambda x: hint.embed(branch, x, 1).add, backend="eager")(x)
+        assert not hint.embedded
+        assert relate(found, hint.embed(branch, x, 1).add) < 1e-6 and hint.embedded
+
+
 @pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m"])
 def test_the_hint_is_computed_once_in_a_sampling(studio, source, monkeypatch, sampler):
     loaded, count = load(studio, "counted"), []
