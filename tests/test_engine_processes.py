@@ -188,7 +188,7 @@ def test_two_processes_have_the_losses_of_one(talking, command, whole, tmp_path)
 
 
 def test_two_processes_that_are_signalled_over_and_over_save_before_they_end(talking, command, tmp_path):
-    """As a scheduler does it: every process at once, and the launcher passes on its own signal."""
+    """As a scheduler does it: the processes and their launcher, which passes its signal on."""
     out = tmp_path / "two.safetensors"
     settings = f"--nproc_per_node 2 --master_addr 127.0.0.1 --master_port {find_port()} -m dkd_trainer"
     start = (sys.executable, "-m", "torch.distributed.run", *settings.split())
@@ -196,6 +196,10 @@ def test_two_processes_that_are_signalled_over_and_over_save_before_they_end(tal
     process = launch(command(out, *more, start=start), start_new_session=True)
     try:
         wait_for_step(process, out, 2)
+        first = json.loads((tmp_path / "two.work" / "run.json").read_text())["process"]
+        for _ in range(3):
+            os.kill(first, signal.SIGTERM)
+            time.sleep(0.02)
         os.killpg(process.pid, signal.SIGTERM)
         output, _ = process.communicate(timeout=120)
     except BaseException:

@@ -231,7 +231,7 @@ def test_an_error_is_noted_once_whatever_the_number_of_processes(make_settings):
     from dkd_trainer.engine.processes import Processes
 
     settings = make_settings()
-    for place in (1, 0):
+    for place in (0, 1):
         processes = Processes(settings.train)
         processes.place = place
         with pytest.raises(ValueError), occupy(settings.work, processes):
