@@ -52,7 +52,10 @@ def start_weights(branch: nn.Module, base: Mapping[str, Tensor], rank: int) -> d
 
 
 def merge_weights(base: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state of a branch from a file's weights and, for what they change, the UNet's own encoder `base`, in fp32 but under autocast."""
+    """The state of a branch from a file's weights and, for what they change, the UNet's own encoder `base`.
+
+    In fp32, but for the products of low rank where autocast lowers them.
+    """
     state = {}
     for name, tensor in weights.items():
         stem, _, part = name.rpartition(".")
