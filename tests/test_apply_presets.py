@@ -1,5 +1,8 @@
 """Presets of Apply DHA in a real ComfyUI: what they stand for, where they end, graphs without one, and memory."""
 
+import logging
+import sys
+
 import pytest
 import torch
 from conftest import relate
@@ -50,6 +53,19 @@ def test_a_new_node_is_balanced_and_a_graph_without_a_preset_gets_its_token_budg
     assert options["default"] == "balanced" and "balanced: 12.5 % of the tokens" in options["tooltip"]
     named = studio.apply(student=student, budget=0.3)
     assert torch.equal(studio.draw(named), studio.draw(apply_preset(studio, student, "custom")))
+
+
+def test_a_picture_for_which_auto_knows_no_gain_is_said(studio, student, pack, monkeypatch, caplog):
+    payoff = sys.modules[f"{pack.__name__}.dha.payoff"]
+    monkeypatch.setattr(payoff, "WIDTHS", tuple(studio.architecture.channels.values()))  # as if they were SD-2.1's
+    caplog.set_level(logging.INFO)
+    small = studio.draw(studio.apply(student=student))
+    assert caplog.text.count("at 128x128 no layer is known to get faster") == 1
+    assert torch.equal(small, studio.draw())
+    caplog.clear()
+    studio.draw(studio.apply(student=student, levels="finest"))
+    studio.draw(studio.apply(student=student), size=(384, 384))
+    assert "no layer" not in caplog.text
 
 
 @pytest.mark.parametrize("side", [256, 384])
