@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from .config import NORM_GROUPS
 from .official import ExternalAttention
+from .sites import LATENT_CHANNELS
 
 PREFIX = "control_model."  # of its weights in published checkpoints and in our files
-LATENT_CHANNELS, HINT_WIDTH = 4, 512
+HINT_WIDTH = 512
 ATTENTIONS = ("self", "external")  # of a teacher's branch and of a published student's
 
 

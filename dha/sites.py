@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
+LATENT_CHANNELS = 4
+
 
 class ArchitectureError(ValueError):
     """The UNet is not of Stable Diffusion 2.1's shape; the message says what was found."""
@@ -62,6 +64,17 @@ def read_architecture(state: Mapping[str, torch.Tensor]) -> Architecture:
         embedding=state["time_embed.2.weight"].shape[0],
         context=state["input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"].shape[1],
     )
+
+
+def check_text_to_image(name: str, state: Mapping[str, torch.Tensor]) -> None:
+    """Raise ValueError, about `name`, for a UNet that is shown a mask, a depth map or another picture as well."""
+    channels = state["input_blocks.0.0.weight"].shape[1]
+    if channels != LATENT_CHANNELS or "label_emb.0.0.weight" in state:
+        kind = "an inpainting or depth model" if channels != LATENT_CHANNELS else "an unCLIP model"
+        raise ValueError(
+            f"{name} is {kind} ({channels} input channels, expected {LATENT_CHANNELS}), training knows text to image "
+            "alone; train with a plain Stable Diffusion 2.x checkpoint, its student fits this model as well"
+        )
 
 
 def describe_mismatch(found: set[str]) -> str:

@@ -14,7 +14,6 @@ from .diffusion import noise_levels
 
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED_TEACHER = ROOT / "workflows" / "models" / "checkpoints" / "mini-sd21.safetensors"
-CHANNELS = 4  # of a latent
 
 
 def ensure_comfy(path: str | None, device: str = "auto") -> None:
@@ -60,7 +59,7 @@ class Teacher:
         import comfy.sd
 
         from dha.checkpoint import fingerprint
-        from dha.sites import SITES, read_architecture
+        from dha.sites import SITES, check_text_to_image, read_architecture
 
         register_mini()
         if not path.is_file():
@@ -71,7 +70,7 @@ class Teacher:
         self.unet = self.model.model.diffusion_model.to(device).float().eval().requires_grad_(False)
         state = self.unet.state_dict()
         self.architecture, self.fingerprint = read_architecture(state), fingerprint(state)
-        check_inputs(path.name, state)
+        check_text_to_image(path.name, state)
         self.prediction = "v" if self.model.model.model_type.name == "V_PREDICTION" else "eps"
         self.head_width = self.attention(SITES[0]).dim_head
 
@@ -131,17 +130,6 @@ class Teacher:
         """The UNet's raw prediction (B, 4, h, w) for noisy latents at timesteps t (B,); options carry patches."""
         options = {"sigmas": noise_levels(t), **(options or {})}  # what a student's grids are moved by
         return self.unet(latents, t.float(), context=context, transformer_options=options).float()
-
-
-def check_inputs(name: str, state: Mapping[str, torch.Tensor]) -> None:
-    """Raise ValueError for a UNet that is shown a mask, a depth map or another picture as well."""
-    channels = state["input_blocks.0.0.weight"].shape[1]
-    if channels != CHANNELS or "label_emb.0.0.weight" in state:
-        kind = "an inpainting or depth model" if channels != CHANNELS else "an unCLIP model"
-        raise ValueError(
-            f"{name} is {kind} ({channels} input channels, expected {CHANNELS}), training knows text to image alone; "
-            "train with a plain Stable Diffusion 2.x checkpoint, its student fits this model as well"
-        )
 
 
 def hash_weights(state: Mapping[str, torch.Tensor]) -> str:

@@ -12,12 +12,12 @@ import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 
 from ..dha.checkpoint import fingerprint
-from ..dha.control import LATENT_CHANNELS, FCNet, Pair
+from ..dha.control import FCNet, Pair
 from ..dha.control_file import ControlFile, check_control
 from ..dha.control_weights import merge_weights
 from ..dha.frequency import filter_band
 from ..dha.patch import WATCH
-from ..dha.sites import read_architecture
+from ..dha.sites import LATENT_CHANNELS, read_architecture
 from .apply import PATCHES
 
 ENTRY = "input_blocks.0.0.weight"

@@ -10,8 +10,7 @@ import comfy.model_sampling
 import comfy.utils
 import torch
 
-from ..dha.control import LATENT_CHANNELS
-from ..dha.sites import ArchitectureError, read_architecture
+from ..dha.sites import LATENT_CHANNELS, ArchitectureError, check_text_to_image, read_architecture
 from ..dha.whole_file import replace_whole
 from . import apply, control
 
@@ -35,13 +34,7 @@ def check_teacher(model, clip, vae) -> None:
         read_architecture(state)
     except ArchitectureError as error:
         raise ArchitectureError(f"DKD Train: {error}") from error
-    channels = state["input_blocks.0.0.weight"].shape[1]
-    if channels != LATENT_CHANNELS or "label_emb.0.0.weight" in state:
-        kind = "an inpainting or depth model" if channels != LATENT_CHANNELS else "an unCLIP model"
-        raise ValueError(
-            f"DKD Train: this is {kind} ({channels} input channels), training knows text to image alone; train with a "
-            "plain Stable Diffusion 2.x checkpoint, its student fits this model as well"
-        )
+    check_text_to_image("DKD Train: this", state)
     check_companions(model, clip, vae)
 
 

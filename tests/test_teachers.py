@@ -48,12 +48,12 @@ def test_an_eps_teacher_in_a_ckpt_teaches(studio, corpus, make_settings, tmp_pat
     ids=["inpainting", "unclip"],
 )
 def test_a_teacher_that_takes_more_than_noise_and_a_prompt_is_refused(studio, more, words):
-    from dkd_trainer.host import check_inputs
+    from dha.sites import check_text_to_image
 
     state = load_file(studio.checkpoint) | more
     unet = {name.removeprefix("model.diffusion_model."): t for name, t in state.items() if "diffusion_model" in name}
     with pytest.raises(ValueError, match=f"other.ckpt is {words}.*plain Stable Diffusion 2.x"):
-        check_inputs("other.ckpt", unet)
+        check_text_to_image("other.ckpt", unet)
 
 
 def test_an_inpainting_checkpoint_is_refused_when_it_is_loaded(studio, tmp_path):

@@ -63,7 +63,8 @@ def time_subjects(
     base, whole = laps[subjects[0].name], pairs[subjects[0].name]
     found = {}
     for name, running in runs.items():
-        end, share = running.subject.end, (running.subject.steps or sampling or 1) / (sampling or 1)
+        end, fewer = running.subject.end, running.subject.steps
+        share = fewer / sampling if fewer and sampling else 1.0
         mean = [share * mix_steps(end, own, exact) for own, exact in zip(laps[name], base, strict=True)]
         found[name] = describe(mean, base, share * mix_steps(end, pairs[name] / whole, 1.0))
     return found
