@@ -11,7 +11,7 @@ from .presets import Preset
 from .sites import SITES, Site
 from .student import Student
 
-OURS = "dha_ours"  # key in our options for whether the running forward is one that we shorten
+STRETCH = "dha_stretch"  # key in our options for the number of the stretch that the running forward lies in
 PHASE = "dha_phase"  # key in our options for the phase of the running forward's grids
 
 
@@ -23,15 +23,12 @@ def attach(
     The modules of `unet` are named and called as in Stable Diffusion's published code. Calls of a self-attention with a
     context of somebody else's making, or with tokens that were merged, are left to the layer itself.
     """
-    ends = spending.end < 1 and student.config.mode == "hybrid"
-    active = (lambda options: options[OURS]) if ends else None
+    is_hybrid = student.config.mode == "hybrid"
     patches = make_patches(
         student,
         plain_attention,
-        spending.token_budget,
-        None,
-        active,
-        max_tokens=spending.max_tokens,
+        spending.stretches,
+        find_stretch=lambda options: options[STRETCH],
         pays=pays,
         phase_of=lambda options: options[PHASE],
     )
@@ -45,8 +42,7 @@ def attach(
     def ask_ahead(_module, inputs: tuple, named: dict) -> None:
         timesteps = named["timesteps"] if "timesteps" in named else inputs[1]
         options[PHASE] = find_phase(timesteps)
-        if ends:
-            options[OURS] = timesteps[0].item() >= spending.least_timestep
+        options[STRETCH] = spending.find_stretch(timesteps[0].item()) if is_hybrid else 0
 
     restore = [unet.register_forward_pre_hook(ask_ahead, with_kwargs=True).remove]
     restore.append(unet.time_embed.register_forward_hook(begin).remove)

@@ -1,6 +1,6 @@
 """A student as plain callables of ComfyUI's UNet patch protocol; it imports no host, the trainer uses the same ones."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor
 from .dither import PHASES, dithered_indices, find_phase, list_phases
 from .hybrid import HybridSite
 from .official import OfficialSite
+from .presets import Stretch
 from .routing import ContextPlan, coarse_indices
 from .sites import SITES, Site
 from .student import Student
@@ -16,6 +17,7 @@ from .student import Student
 STEP = "dha_step"  # key in transformer_options under which a forward's Step travels to the blocks
 WATCH = "dha_watch"  # key in transformer_options for one who wants to know what each call chose; see `Watch`
 STATE = "dha_state"  # key in a block's extra_options under which our patches of one call talk to each other
+OWN = Stretch(None)  # a student's own share of the tokens, in all steps
 
 
 # Called with the site, its plan, the grid's tokens (coarse,) and those (B, k) that its router chose, None where there
@@ -45,13 +47,14 @@ class Patches(NamedTuple):
 
 
 class Step(NamedTuple):
-    """What one UNet forward tells its blocks: time embedding (B, E), which blocks are ours, phases (16,) of the grids.
+    """What one UNet forward tells its blocks: time embedding (B, E), which blocks are ours, and how keys are spent.
 
-    The phases are in the order of `SITES`.
+    The phases (16,) of the grids are in the order of `SITES`.
     """
 
     emb: Tensor
     blocks: frozenset[tuple[str, int]]
+    planner: "Planner"
     phases: Tensor | None
 
 
@@ -65,7 +68,7 @@ class Call(NamedTuple):
 
 
 class Planner:
-    """How the keys of a layer are spent, worked out once for each size that comes by.
+    """How the keys of a student's layers are spent in a stretch, worked out once for each size that comes by.
 
     Nothing is kept from compiled code: there the plan is a constant of its own, and a tensor made in a CUDA graph is
     overwritten by the next one.
@@ -74,11 +77,11 @@ class Planner:
     def __init__(
         self,
         student: Student,
-        token_budget: float | None = None,
-        max_tokens: int | None = None,
+        stretch: Stretch = OWN,
         pays: Callable[[int, int, int], bool] | None = None,
     ):
-        self.student, self.token_budget, self.max_tokens, self.pays = student, token_budget, max_tokens, pays
+        self.student = student if stretch.trained else student.untrain()
+        self.stretch, self.pays = stretch, pays
         self.plans: dict[tuple[int, int, int], ContextPlan | None] = {}
         self.grids: dict[tuple[ContextPlan, torch.device], Tensor] = {}
 
@@ -111,7 +114,7 @@ class Planner:
 
     def plan(self, height: int, width: int, channels: int) -> ContextPlan | None:
         """The plan of a size; None where every token is a key, or where a short context does not pay."""
-        plan = self.student.plan(height, width, self.token_budget, self.max_tokens)
+        plan = self.student.plan(height, width, self.stretch.token_budget, self.stretch.max_tokens)
         if plan.coarse + plan.chosen >= plan.tokens:
             return None
         if self.pays is not None and not self.pays(plan.tokens, channels, plan.coarse + plan.chosen):
@@ -128,33 +131,31 @@ def read_phase(options: dict) -> Tensor | None:
 def make_patches(
     student: Student,
     attend: Callable,
-    token_budget: float | None = None,
+    stretches: Sequence[Stretch] = (OWN,),
     levels: tuple[int, ...] | None = None,
-    is_active: Callable[[dict], bool] | None = None,
+    find_stretch: Callable[[dict], int | None] = lambda _options: 0,
     skip: frozenset[tuple[str, int]] = frozenset(),
-    max_tokens: int | None = None,
     pays: Callable[[int, int, int], bool] | None = None,
     phase_of: Callable[[dict], Tensor | None] = read_phase,
 ) -> Patches:
     """Callables that run `student` inside a UNet.
 
     `attend(q, k, v, options, mask)` is the host's attention over (B, N, C), mask (B, 1, 1, m) added to logits or None.
-    `token_budget`, `max_tokens` and `levels` override the student's own; `is_active(options)`, asked once per forward,
-    switches it by timestep, `phase_of(options)` moves the grids, see `dha.dither`; blocks in `skip` are left alone, and
-    so is, of mode `hybrid`, a layer where `pays(tokens, channels, keys)` is false.
+    `find_stretch(options)`, asked once per forward, is the number of the stretch that it lies in, None to leave it as
+    it is; `levels` are the student's own unless given. `phase_of(options)` moves the grids, see `dha.dither`. Blocks in
+    `skip` are left alone, and so is, of mode `hybrid`, a layer where `pays(tokens, channels, keys)` is false.
     """
     chosen = student.config.levels if levels is None else levels
-    planner = Planner(student, token_budget, max_tokens, pays)
+    planners = [Planner(student, stretch, pays) for stretch in stretches]
     sites = {site.block: site for site in student.list_sites() if site.level in chosen and site.block not in skip}
     numbers = {site.block: number for number, site in enumerate(SITES)}
 
     def emb_patch(emb: Tensor, _channels: int, options: dict) -> Tensor:
-        if is_active is None or is_active(options):
+        options.pop(STEP, None)
+        if (number := find_stretch(options)) is not None:
             phase = phase_of(options)
             phases = None if phase is None else list_phases(phase, len(SITES))
-            options[STEP] = Step(emb, find_owned(options, sites, attn1_replace), phases)
-        else:
-            options.pop(STEP, None)
+            options[STEP] = Step(emb, find_owned(options, sites, attn1_replace), planners[number], phases)
         return emb
 
     def attn1_patch(n: Tensor, context: Tensor, value: Tensor, options: dict):
@@ -162,7 +163,7 @@ def make_patches(
         options.pop(STATE, None)
         if step is None or block is None or block not in step.blocks:
             return n, context, value
-        module, emb = student.site(sites[block]), step.emb
+        module, emb, planner = step.planner.student.site(sites[block]), step.emb, step.planner
         whole = is_whole(context, emb, options)
         if isinstance(module, OfficialSite):
             if not whole or n.shape != context.shape:

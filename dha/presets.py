@@ -1,29 +1,52 @@
 """Three settings with names, for whoever does not want to choose a number of keys."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+PLAIN = 0.25  # from this share of the tokens on the second half of a sampling is nearer without trained parts
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """A part of a sampling, which lasts until the share `end` of the schedule: a share of the tokens become keys.
+
+    There are at most `max_tokens` of them, from which on a layer's cost is linear; None are the student's own share and
+    cap. A stretch that is not `trained` runs without the student's trained parts.
+    """
+
+    token_budget: float | None
+    max_tokens: int | None = None
+    end: float = 1.0
+    trained: bool = True
+
+    @property
+    def least_timestep(self) -> float:
+        """Its last timestep, of 999 to 0."""
+        return find_timestep(self.end)
 
 
 @dataclass(frozen=True)
 class Preset:
-    """A share of the tokens that become keys, the most there are, and the share of the schedule before the exact rest.
+    """The stretches of a sampling one after the other; behind the last one the model is left as it is.
 
-    From `max_tokens` on a layer's cost is linear; without it the student's own cap holds. Behind `end`, 1 for never,
-    the model is left as it is: in the last steps it draws detail, where a short context errs most. As ComfyUI's
-    `end_percent` it counts timesteps: samplings whose steps crowd at the end, or that begin late, have more exact ones.
+    In the last steps it draws detail, where a short context errs most. As ComfyUI's `end_percent` an end counts
+    timesteps: samplings whose steps crowd at the end, or that begin late, have more of them in the exact rest.
     """
 
-    token_budget: float
-    max_tokens: int | None
-    end: float = 1.0
+    stretches: tuple[Stretch, ...]
 
     @property
-    def least_timestep(self) -> float:
-        """The last timestep, of 999 to 0, before the exact rest."""
-        return find_timestep(self.end)
+    def end(self) -> float:
+        """Where the exact rest begins, 1 for never."""
+        return self.stretches[-1].end
 
-    def relate_sampling(self, step: float) -> float:
-        """Time of a sampling in even steps, as a share of the unpatched model's, from that of one shortened `step`."""
-        return mix_steps(self.end, step, 1.0)
+    def find_stretch(self, timestep: float) -> int | None:
+        """The number of the stretch that a timestep, 999 to 0, lies in; None for the exact rest."""
+        return next((n for n, stretch in enumerate(self.stretches) if timestep >= stretch.least_timestep), None)
+
+    def relate_sampling(self, steps: Sequence[float]) -> float:
+        """Time of a sampling in even steps, as a share of the unpatched model's, from those of each stretch's step."""
+        return mix_steps([stretch.end for stretch in self.stretches], [*steps, 1.0])
 
 
 def find_timestep(end: float) -> float:
@@ -31,17 +54,26 @@ def find_timestep(end: float) -> float:
     return 999 * (1 - end)
 
 
-def mix_steps(end: float, shortened: float, exact: float) -> float:
-    """The mean over even steps of which a share `end` is `shortened`."""
-    return end * shortened + (1 - end) * exact
+def mix_steps(ends: Sequence[float], steps: Sequence[float]) -> float:
+    """The mean over even steps, those until each of `ends` and then the rest being as `steps` say."""
+    bounds = [0.0, *ends, 1.0]
+    shares = [after - before for before, after in zip(bounds, bounds[1:], strict=False)]
+    return sum(share * step for share, step in zip(shares, steps, strict=True))
 
 
 NO_CAP = 1 << 30  # keys: a share of the tokens stays that share at every size
 
+
+def rise(token_budget: float, max_tokens: int, end: float) -> Preset:
+    """A preset whose second half has twice the keys: what the last steps get wrong no later one makes good."""
+    second = Stretch(2 * token_budget, 2 * max_tokens, end, trained=2 * token_budget < PLAIN)
+    return Preset((Stretch(token_budget, max_tokens, 0.5), second))
+
+
 # The caps are reached at 768x768, 9216 tokens at the finest level. With a share of the tokens the error halves when the
 # sides double, with a number of them it grows by two fifths: up to 2048x2048 it stays below that at 512x512.
 PRESETS = {
-    "quality": Preset(token_budget=0.25, max_tokens=2304, end=0.8),
-    "balanced": Preset(token_budget=0.125, max_tokens=1152, end=0.9),
-    "fast": Preset(token_budget=0.0625, max_tokens=512),
+    "quality": rise(0.25, 2304, 0.9),
+    "balanced": rise(0.125, 1152, 0.9),
+    "fast": rise(0.0625, 576, 0.95),
 }

@@ -32,6 +32,15 @@ class Student(nn.Module):
                 module = HybridSite(channels, architecture.embedding, config, operations)
             self.sites[module_key(site)] = module
 
+    def untrain(self) -> "Student":
+        """The training-free form of the same; a student without trained parts, or of mode `official`, is its own."""
+        if self.config.mode == "official" or not self.sites.state_dict():
+            return self
+        config = DHAConfig(
+            levels=self.config.levels, token_budget=self.config.token_budget, max_tokens=self.config.max_tokens
+        )
+        return Student(config, self.architecture)
+
     def list_sites(self) -> list[Site]:
         """The sites whose attention this student replaces."""
         return [site for site in SITES if site.level in self.config.levels]

@@ -2,7 +2,7 @@
 
 import logging
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from comfy.ldm.modules import attention
 from comfy.patcher_extension import WrappersMP
@@ -11,7 +11,7 @@ from comfy_api.latest import io
 from ..dha.checkpoint import check_architecture
 from ..dha.config import DHAConfig
 from ..dha.patch import Patches, Planner, make_patches
-from ..dha.presets import NO_CAP, PRESETS, Preset
+from ..dha.presets import NO_CAP, PRESETS, Preset, Stretch
 from ..dha.sites import read_architecture
 from ..dha.student import Student
 from .load import DHA_STUDENT, LoadedStudent
@@ -96,8 +96,8 @@ class ApplyDHA(io.ComfyNode):
     def execute(
         cls, model, levels, token_budget, start_percent, end_percent, student=None, preset=CUSTOM
     ) -> io.NodeOutput:
-        spending = PRESETS.get(preset, Preset(token_budget, NO_CAP))
-        if spending.token_budget == 0 or start_percent >= end_percent:
+        spending = PRESETS.get(preset, Preset((Stretch(token_budget, NO_CAP),)))
+        if (preset not in PRESETS and token_budget == 0) or start_percent >= end_percent:
             return io.NodeOutput(model)
         return io.NodeOutput(apply_student(model, student, LEVELS[levels], spending, start_percent, end_percent))
 
@@ -105,8 +105,8 @@ class ApplyDHA(io.ComfyNode):
 def apply_student(model, loaded: LoadedStudent | None, levels, spending: Preset, start: float, end: float):
     """A clone of the model that runs the student; raises ArchitectureError, StudentFileError or ValueError.
 
-    `levels` None are the student's own, of mode `hybrid` each where it pays on this device. The preset's own end counts
-    where it comes before `end`, but for students of mode `official`, whose norms cannot change while it samples.
+    `levels` None are the student's own, of mode `hybrid` each where it pays on this device. The preset's stretches
+    count between `start` and `end`, but for students of mode `official`, whose norms cannot change while it samples.
     """
     architecture = read_architecture(model.model.diffusion_model.state_dict())
     if KEY in model.model_options["transformer_options"]:
@@ -124,27 +124,27 @@ def apply_student(model, loaded: LoadedStudent | None, levels, spending: Preset,
     taken = find_replaced(model) & {site.block for site in student.list_sites() if site.level in chosen}
     if taken:
         logging.warning("Apply DHA: another node owns the self-attention of %s; these stay as they are.", sorted(taken))
-    patched = model.clone()
-    if student.config.mode == "hybrid":
-        if start >= spending.end:
-            logging.warning(
-                "Apply DHA: start_percent %g does not come before the preset's own end, %g, so nothing changes. Lower "
-                "it, or choose fast, which has no end.",
-                start,
-                spending.end,
-            )
-            return model
-        end = min(end, spending.end)
-    active = None if (start, end) == (0.0, 1.0) else ask_ahead(patched, make_window(model, start, end), KEY)
+    patched, is_hybrid = model.clone(), student.config.mode == "hybrid"
+    if is_hybrid and start >= spending.end:
+        logging.warning(
+            "Apply DHA: start_percent %g does not come before the preset's own end, %g, so nothing changes. Lower it, "
+            "or choose custom, which has no end.",
+            start,
+            spending.end,
+        )
+        return model
+    ends = [min(end, stretch.end) for stretch in spending.stretches] if is_hybrid else [end]
+    # With nothing to decide nothing is asked: norms that hold for the whole sampling allow no window.
+    is_windowed = [start, *ends] != [0.0, 1.0]
+    asked = {"find_stretch": ask_ahead(patched, make_clock(model, start, ends), KEY)} if is_windowed else {}
     pays = find_payoff(model).pays if levels is None else None
-    settings = (spending.token_budget, levels, active, frozenset(taken), spending.max_tokens, pays)
-    patches = make_patches(student, attend, *settings)
+    patches = make_patches(student, attend, spending.stretches, levels, skip=frozenset(taken), pays=pays, **asked)
     install(patched, patches)
-    if pays is not None and student.config.mode == "hybrid":
-        planner = Planner(student, spending.token_budget, spending.max_tokens, pays)
+    if pays is not None and is_hybrid:
+        planner = Planner(student, spending.stretches[0], pays)
         patched.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, say_if_nothing_pays(planner))
     attributes = student.list_attributes(patches.blocks)
-    set_attributes(patched, attributes, active is not None)
+    set_attributes(patched, attributes, is_windowed)
     patched.model_options["transformer_options"][KEY] = student.config.to_json()
     if not attributes:  # what needs other norms than the model has cannot run in a branch that has the model's
         patched.model_options["transformer_options"][PATCHES] = patches
@@ -184,38 +184,41 @@ def attend(q, k, v, options, mask):
     return kernel(q, k, v, options["n_heads"], attn_precision=options.get("attn_precision"), **passed)
 
 
-def make_window(model, start: float, end: float) -> Callable[[dict], bool]:
-    """A question to the running step: does its noise level lie between these percents of the sampling?
+def make_clock(model, start: float, ends: Sequence[float]) -> Callable[[dict], int | None]:
+    """A question to the running step: which of the stretches until `ends`, percents of the sampling, is it in?
 
-    The level is fetched from the device once a step, however many forwards the step takes.
+    None before `start` and behind the last end. The noise level is fetched from the device once a step, however many
+    forwards the step takes.
     """
     sampling = model.get_model_object("model_sampling")
-    highest, lowest = float(sampling.percent_to_sigma(start)), float(sampling.percent_to_sigma(end))
-    asked, answer = None, False
+    highest, *lowest = (float(sampling.percent_to_sigma(percent)) for percent in (start, *ends))
+    asked, answer = None, None
 
-    def is_active(options: dict) -> bool:
+    def find_stretch(options: dict) -> int | None:
         nonlocal asked, answer
         sigmas = options["sigmas"]
         if asked is None or asked() is not sigmas:
-            asked, answer = weakref.ref(sigmas), lowest <= sigmas[0].item() <= highest
+            level = sigmas[0].item()
+            later = (number for number, least in enumerate(lowest) if level >= least)
+            asked, answer = weakref.ref(sigmas), next(later, None) if level <= highest else None
         return answer
 
-    return is_active
+    return find_stretch
 
 
-def ask_ahead(patched, is_active: Callable[[dict], bool], key: str) -> Callable[[dict], bool]:
+def ask_ahead(patched, question: Callable[[dict], int | None], key: str) -> Callable[[dict], int | None]:
     """The same question, put before the UNet is entered: reading a number inside would break a compiled graph.
 
     `key` is that of who asks: the answer travels in transformer_options under its own name.
     """
-    window = f"{key}_window"
+    place = f"{key}_stretch"
 
     def note(executor, x, t, concat, text, control, options, **kwargs):
-        options[window] = is_active(options)
+        options[place] = question(options)
         return executor(x, t, concat, text, control, options, **kwargs)
 
     patched.add_wrapper_with_key(WrappersMP.APPLY_MODEL, key, note)
-    return lambda options: options.get(window, True)
+    return lambda options: options.get(place, 0)
 
 
 def say_if_nothing_pays(planner: Planner) -> Callable:

@@ -9,7 +9,7 @@ from comfy_api.latest import io
 from ..dha.control import make_decoder_patch, make_wrapper
 from ..dha.control_file import load_control
 from ..dha.sites import read_architecture
-from .apply import ask_ahead, make_window, warn_prediction
+from .apply import ask_ahead, make_clock, warn_prediction
 from .control_branch import Hint, LoadedControl, make_steering
 from .model_folders import CONTROLS
 
@@ -117,9 +117,9 @@ class ApplyFrequencyControl(io.ComfyNode):
         if strength == 0 or start_percent >= end_percent:
             return io.NodeOutput(model)
         read_architecture(model.model.diffusion_model.state_dict())  # ahead of all that other families have otherwise
-        window = None if (start_percent, end_percent) == (0.0, 1.0) else make_window(model, start_percent, end_percent)
+        clock = None if (start_percent, end_percent) == (0.0, 1.0) else make_clock(model, start_percent, [end_percent])
         hint = make_hint(model, control, source["samples"], shuffle_seed)
-        return io.NodeOutput(apply_control(model, control, hint, strength, window, accelerate))
+        return io.NodeOutput(apply_control(model, control, hint, strength, clock, accelerate))
 
 
 def make_hint(model, loaded: LoadedControl, latents, seed: int) -> Hint:
@@ -132,18 +132,18 @@ def make_hint(model, loaded: LoadedControl, latents, seed: int) -> Hint:
     return Hint(model.model.process_latent_in(latents), loaded.file.config.band, seed)
 
 
-def apply_control(model, loaded: LoadedControl, hint: Hint, strength: float, is_active, accelerate: bool = False):
+def apply_control(model, loaded: LoadedControl, hint: Hint, strength: float, clock, accelerate: bool = False):
     """A clone of the model that a control steers; raises ArchitectureError or ControlFileError.
 
-    `is_active(options)`, asked once per forward, switches it by timestep; None is always. With `accelerate` the model's
-    DHA runs in the branch as well, whether it was applied before or comes after.
+    `clock(options)`, asked once per forward, switches it off where it is None; without one it is always on. With
+    `accelerate` the model's DHA runs in the branch as well, whether it was applied before or comes after.
     """
     branch = loaded.build_for(model)
     warn_prediction("Apply Frequency Control", loaded.name, loaded.file.prediction, model)
     patched = model.clone()
     key = choose_key(patched)
-    active = None if is_active is None else ask_ahead(patched, is_active, key)
-    wrapper = make_wrapper(make_steering(branch.model, hint, strength, active, accelerate), key)
+    asked = None if clock is None else ask_ahead(patched, clock, key)
+    wrapper = make_wrapper(make_steering(branch.model, hint, strength, asked, accelerate), key)
     patched.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, key, wrapper)
     patched.set_model_output_block_patch(make_decoder_patch(key))
     patched.add_callback_with_key(CallbacksMP.ON_CLEANUP, key, hint.forget)

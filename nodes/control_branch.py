@@ -106,14 +106,14 @@ class Hint:
         self.embedded.clear()
 
 
-def make_steering(branch: FCNet, hint: Hint, strength: float, is_active, accelerate: bool = False):
+def make_steering(branch: FCNet, hint: Hint, strength: float, clock, accelerate: bool = False):
     """What a control says about a forward of the UNet, as `dha.control.make_wrapper` wants it.
 
     With `accelerate` the branch's layers, which are near the UNet's own, run with what Apply DHA gave the UNet's.
     """
 
     def steer(x, timesteps, context, options) -> list[Pair] | None:
-        if is_active is not None and not is_active(options):
+        if clock is not None and clock(options) is None:
             return None
         halves = len(options.get("cond_or_uncond", ())) or 1
         own = {name: value for name, value in options.items() if name not in FOREIGN}

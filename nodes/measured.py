@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..dha.payoff import Payoff, choose_payoff
-from ..dha.presets import PRESETS
+from ..dha.presets import PRESETS, Preset
 
 FILE = Path(__file__).with_name("measured.json")
 FORMAT = "dha-measured"
@@ -43,12 +43,10 @@ def describe_presets(measured: dict[str, Any]) -> str:
     """One line a preset with what was measured of it; what was not is left out."""
     lines = []
     for name, preset in PRESETS.items():
-        line = f"{name}: {100 * preset.token_budget:.4g} % of the tokens, at most {preset.max_tokens}"
-        if preset.end < 1:
-            line += f", all of them in the last {100 * (1 - preset.end):.3g} % of the schedule"
+        line = f"{name}: {describe_stretches(preset)}"
         figures = measured["presets"].get(name, {})
         if steps := figures.get("speed"):
-            speeds = {size: 1 / preset.relate_sampling(1 / speedup) for size, speedup in steps.items()}
+            speeds = {size: 1 / preset.relate_sampling([1 / s for s in found]) for size, found in steps.items()}
             line += "; " + ", ".join(f"{size} {speedup:.2f}x" for size, speedup in speeds.items())
         if "psnr" in figures:
             line += f"; {figures['psnr']:.1f} dB"
@@ -56,3 +54,13 @@ def describe_presets(measured: dict[str, Any]) -> str:
             line += f", {figures['psnr_training_free']:.1f} dB without a student"
         lines.append(line)
     return "\n".join([*lines, *measured["presets"].get("notes", [])])
+
+
+def describe_stretches(preset: Preset) -> str:
+    """How many tokens answer in a sampling: `12.5 % of the tokens, 1152 at most, from half of the schedule on ...`."""
+    first, *later = preset.stretches
+    words, begin = [f"{100 * first.token_budget:.4g} % of the tokens, {first.max_tokens} at most"], first.end
+    for stretch in later:
+        words.append(f"from {100 * begin:.3g} % of the schedule on {100 * stretch.token_budget:.4g} %")
+        begin = stretch.end
+    return ", ".join(words) + (f", in the last {100 * (1 - begin):.3g} % all" if begin < 1 else "")

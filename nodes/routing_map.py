@@ -40,7 +40,7 @@ class Recorder:
 
     level: int
     size: tuple[int, int]
-    plan: ContextPlan | None = None
+    plans: dict[ContextPlan, None] = field(default_factory=dict)  # in the order of their use
     layers: set[str] = field(default_factory=set)
     partial: int = 0
     calls: list[torch.Tensor] = field(default_factory=list)
@@ -61,7 +61,7 @@ class Recorder:
         if (plan.height, plan.width) != self.size:
             self.partial += 1
             return
-        self.plan = plan
+        self.plans[plan] = None
         self.layers.add(site.name)
         found = torch.zeros(2, plan.tokens)  # every key, and those of the router
         if grid is not None:
@@ -222,14 +222,15 @@ def animate(images: torch.Tensor, cls) -> dict[str, Any]:
 
 
 def describe(recorder: Recorder) -> dict[str, Any]:
-    """How many tokens answer, and how much the choice changes from step to step."""
-    plan, kept = recorder.plan, torch.stack([step.kept for step in recorder.steps])
+    """How many tokens answer, at first and at last, and how much the choice changes from step to step."""
+    plans, kept = list(recorder.plans), torch.stack([step.kept for step in recorder.steps])
     pairs = zip(kept[:-1], kept[1:], strict=True)
     overlaps = [(torch.minimum(a, b).sum() / torch.maximum(a, b).sum().clamp(min=1e-6)).item() for a, b in pairs]
     return {
-        "tokens": plan.tokens,
-        "grid": plan.coarse,
-        "chosen": plan.chosen,
+        "tokens": plans[0].tokens,
+        "grid": plans[0].coarse,
+        "later_grid": plans[-1].coarse,
+        "chosen": plans[0].chosen,
         "layers": len(recorder.layers),
         "steps": len(recorder.steps),
         "ever_answered": (kept.amax(0) > 0).float().mean().item(),
@@ -239,15 +240,21 @@ def describe(recorder: Recorder) -> dict[str, Any]:
 
 def tabulate(report: dict[str, Any]) -> list[list[str]]:
     rows = [["", "tokens"], ["of the picture at this level", str(report["tokens"])]]
-    rows += [["on the grid of each layer", str(report["grid"])], ["chosen by each router", str(report["chosen"])]]
+    rows += [["on the grid of each layer", describe_grid(report)], ["chosen by each router", str(report["chosen"])]]
     rows.append(["answered in some layer at some step", f"{report['ever_answered']:.0%}"])
     if report["overlap_of_steps"] is not None:
         rows.append(["same as at the step before", f"{report['overlap_of_steps']:.0%}"])
     return rows
 
 
+def describe_grid(report: dict[str, Any]) -> str:
+    """A layer's keys on the grid: `32`, or `32, later 64`."""
+    first, last = report["grid"], report["later_grid"]
+    return str(first) if first == last else f"{first}, later {last}"
+
+
 def summarise(report: dict[str, Any]) -> str:
     """One line for the node."""
     routed = f" and {report['chosen']} that its router chose" if report["chosen"] else ""
-    answering = f"in each of {report['layers']} layers {report['grid']} tokens of a grid{routed} answer"
+    answering = f"in each of {report['layers']} layers {describe_grid(report)} tokens of a grid{routed} answer"
     return f"{answering}, of {report['tokens']}; over the steps {report['ever_answered']:.0%} had their turn"

@@ -13,7 +13,8 @@ from comfy.patcher_extension import WrappersMP
 
 from ..dha.peak import watch_peak
 
-WARM_UP = 2  # steps of the schedule: its first and its last
+WARM_UP = 3  # steps: the schedule's first, one of the second half, and its last
+LATE = 0.7  # share of the schedule that no preset of Apply DHA treats as its beginning or its end
 
 
 @dataclass
@@ -124,14 +125,18 @@ def count_steps(sampling: Sampling, models: int, repeats: int) -> int:
 
 
 def warm_up(sampling: Sampling, model, latent: dict, callback) -> None:
-    """The first and the last step of a sampling, or all where there are no more.
+    """The first and the last step of a sampling and one between them, or all where there are no more.
 
-    Apply DHA may leave the last ones exact, which take more memory, and under torch.compile are code of their own. They
-    have to be those of this very schedule: with fewer steps many a scheduler ends at another noise level.
+    Apply DHA has more keys in the second half and may leave the last steps exact: they take more memory, and under
+    torch.compile are code of their own. First and last have to be those of this very schedule: with fewer steps many a
+    scheduler ends at another noise level.
     """
     levels = sampling.find_levels(model)
-    ends = torch.cat([levels[:1], levels[-2:]]) if len(levels) > WARM_UP + 1 else levels
-    sampling.run(model, latent, callback, ends)
+    if len(levels) > WARM_UP + 1:
+        middle = levels.new_tensor([model.get_model_object("model_sampling").percent_to_sigma(LATE)])
+        middle = middle.clamp(min=float(levels[-2]), max=float(levels[0]))  # img2img may begin behind it
+        levels = torch.cat([levels[:1], middle, levels[-2:]])
+    sampling.run(model, latent, callback, levels)
 
 
 def time_both(
@@ -139,7 +144,7 @@ def time_both(
 ) -> tuple[dict[str, torch.Tensor], dict[str, Laps]]:
     """Run the models in turn `repeats` times; their samples and their laps by name.
 
-    Before that each takes a first and a last step uncounted.
+    Before that each takes its `warm_up` uncounted.
     """
     watched = {name: attach_stopwatch(model) for name, model in models.items()}
 

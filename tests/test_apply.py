@@ -14,6 +14,7 @@ from torch._dynamo.testing import CompileCounter
 
 from dha.checkpoint import load_student
 from dha.patch import make_patches, plain_attention
+from dha.presets import Stretch
 
 LATENT_SIZES = {"square": (128, 128), "wide": (192, 128), "odd": (136, 88), "tall": (64, 256)}
 
@@ -208,7 +209,7 @@ def test_host_computes_what_the_trainer_does(studio):
     """One forward through ComfyUI's kernels and casting layers against the same student in plain PyTorch."""
     path = studio.write_student("twin", config=dataclasses.replace(TRAINED, levels=(0, 1, 2, 3)))
     patched = studio.apply(student=studio.call("LoadDHAStudent", student_name=path.name), budget=0.3)
-    twin = make_patches(load_student(path), plain_attention, token_budget=0.3).as_options()
+    twin = make_patches(load_student(path), plain_attention, [Stretch(0.3)]).as_options()
     generator, unet = torch.Generator().manual_seed(6), studio.model.model.diffusion_model
     x = torch.randn(2, 4, 11, 17, generator=generator)
     inputs = {"timesteps": torch.tensor([900.0, 100.0]), "context": torch.randn(2, 77, 128, generator=generator)}
@@ -257,12 +258,15 @@ class CountedSigmas(torch.Tensor):
 
 
 def test_window_asks_the_device_once_a_step(studio, pack):
-    make_window = sys.modules[f"{pack.__name__}.nodes.apply"].make_window
-    is_active = make_window(studio.model, 0.0, 0.5)
-    first, last = (torch.tensor([sigma, sigma]).as_subclass(CountedSigmas) for sigma in (14.0, 0.1))
+    make_clock = sys.modules[f"{pack.__name__}.nodes.apply"].make_clock
+    find_stretch = make_clock(studio.model, 0.1, [0.5, 0.7])
+    before, first, second, last = (
+        torch.tensor([sigma, sigma]).as_subclass(CountedSigmas) for sigma in (14.0, 3.0, 1.0, 0.1)
+    )
     CountedSigmas.reads = 0
-    assert [is_active({"sigmas": sigmas}) for sigmas in (first, first, last, last)] == [True, True, False, False]
-    assert CountedSigmas.reads == 2
+    asked = (before, first, first, second, last, last)
+    assert [find_stretch({"sigmas": sigmas}) for sigmas in asked] == [None, 0, 0, 1, None, None]
+    assert CountedSigmas.reads == 4
 
 
 @pytest.mark.parametrize("trained", [False, True], ids=["training-free", "student"])
@@ -278,7 +282,7 @@ def test_a_block_compiles_into_one_graph(studio, student, trained):
 
     def run(x, emb, text, active, level):
         place = {"block": ("input", 1), "activations_shape": [2, 32, 16, 16]}
-        options = {**shared, **place, "dha_window": active, "sigmas": level}
+        options = {**shared, **place, "dha_stretch": active, "sigmas": level}
         for patch in shared["patches"]["emb_patch"]:
             emb = patch(emb, 32, options)
         return block(x, context=text, transformer_options=options)
@@ -288,8 +292,8 @@ def test_a_block_compiles_into_one_graph(studio, student, trained):
     first, second = torch.tensor([2.0]), torch.tensor([0.7])
     with torch.no_grad():
         for level in (first, second):
-            torch.testing.assert_close(compiled(x, emb, text, True, level), run(x, emb, text, True, level))
+            torch.testing.assert_close(compiled(x, emb, text, 0, level), run(x, emb, text, 0, level))
         assert counter.frame_count == 1
-        torch.testing.assert_close(compiled(x, emb, text, False, first), run(x, emb, text, False, first))
-        for other in (run(x, emb, text, False, first), run(x, emb, text, True, second)):
-            assert relate(run(x, emb, text, True, first), other) > 1e-5
+        torch.testing.assert_close(compiled(x, emb, text, None, first), run(x, emb, text, None, first))
+        for other in (run(x, emb, text, None, first), run(x, emb, text, 0, second)):
+            assert relate(run(x, emb, text, 0, first), other) > 1e-5

@@ -10,7 +10,7 @@ from conftest import relate
 from dha.patch import WATCH
 from dha.peak import LiveTensors
 
-PRESETS = [("quality", 0.25, 0.8), ("balanced", 0.125, 0.9), ("fast", 0.0625, 1.0)]
+PRESETS = [("quality", 0.25, 3), ("balanced", 0.125, 3), ("fast", 0.0625, 2)]  # and exact steps of 24
 
 
 def apply_preset(studio, student, preset, start=0.0, end=1.0):
@@ -18,21 +18,44 @@ def apply_preset(studio, student, preset, start=0.0, end=1.0):
     return studio.call("ApplyDHA", model=studio.model, **settings, student=student, preset=preset)
 
 
-@pytest.mark.parametrize(("preset", "budget", "end"), PRESETS)
-def test_preset_takes_the_place_of_the_budget_and_has_an_end_of_its_own(studio, student, preset, budget, end):
-    own = studio.apply(student=student, budget=budget, end=end)
-    named = apply_preset(studio, student, preset)
-    assert torch.equal(studio.draw(named, steps=10), studio.draw(own, steps=10))
-    if end < 1:
-        assert relate(studio.draw(named, steps=10), studio.draw(studio.apply(student=student, budget=budget), steps=10))
+def list_keys(studio, model, **settings):
+    """Keys at the finest level in each step of a sampling in which some layer of it is shortened, and its samples."""
+    steps = {}
+
+    def watch(site, plan, _grid, _chosen, options):
+        if site.level == 0:
+            steps[options["sigmas"][0].item()] = plan.coarse + plan.chosen
+
+    watched = model.clone()
+    watched.model_options["transformer_options"][WATCH] = watch
+    samples = studio.draw(watched, **settings)
+    return list(steps.values()), samples
+
+
+@pytest.mark.parametrize(("preset", "budget", "exact"), PRESETS)
+def test_preset_takes_the_place_of_the_budget_and_has_an_end_of_its_own(studio, student, preset, budget, exact):
+    """In steps at timesteps 999, 955.6, ..., 43.4, 0: twelve are of the first half."""
+    keys, samples = list_keys(studio, apply_preset(studio, student, preset), steps=24)
+    assert keys == [round(256 * budget)] * 12 + [round(512 * budget)] * (12 - exact)
+    assert relate(samples, studio.draw(steps=24)) > 0
+
+
+def test_trained_parts_rest_where_a_preset_has_many_keys(studio, student):
+    """In the second half `balanced` is as without a student, `fast` is not."""
+    late = {"steps": 6, "denoise": 0.4}
+    for preset, same in (("balanced", True), ("fast", False)):
+        trained, free = (studio.draw(apply_preset(studio, one, preset), **late) for one in (student, None))
+        assert torch.equal(trained, free) is same
+        assert relate(trained, studio.draw(**late)) > 0
 
 
 def test_an_earlier_end_or_a_later_start_than_the_presets_counts(studio, student, caplog):
-    earlier, own = apply_preset(studio, student, "balanced", end=0.5), studio.apply(student=student, end=0.5)
+    earlier = apply_preset(studio, student, "balanced", end=0.5)
+    own = studio.apply(student=student, budget=0.125, end=0.5)
     assert torch.equal(studio.draw(earlier, steps=4), studio.draw(own, steps=4))
     assert "preset's own end" not in caplog.text
-    assert apply_preset(studio, student, "quality", start=0.8) is studio.model
-    assert "start_percent 0.8 does not come before the preset's own end" in caplog.text
+    assert apply_preset(studio, student, "quality", start=0.9) is studio.model
+    assert "start_percent 0.9 does not come before the preset's own end" in caplog.text
 
 
 @pytest.mark.parametrize(("side", "budget", "keys"), [(96, 0.5, {4608}), (72, 1.0, set())])

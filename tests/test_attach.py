@@ -16,10 +16,10 @@ from dha import payoff
 from dha.attach import attach
 from dha.config import DHAConfig
 from dha.patch import make_patches, plain_attention
-from dha.presets import PRESETS, Preset
+from dha.presets import PRESETS, Preset, Stretch
 from dha.student import Student
 
-SPENDING = Preset(token_budget=0.3, max_tokens=64)
+SPENDING = Preset((Stretch(token_budget=0.3, max_tokens=64),))
 OFFICIAL = DHAConfig(mode="official", levels=(0, 1), norm_groups=4)
 SCRIPT = ROOT / "scripts" / "dynamic_hybrid_attention.py"
 
@@ -61,7 +61,7 @@ def describe_modules(unet):
 def test_hooks_compute_what_the_patches_do(studio, unet, inputs):
     student = make_student(studio.architecture)
     plain = predict(unet, inputs)
-    patches = make_patches(student, plain_attention, SPENDING.token_budget, max_tokens=SPENDING.max_tokens)
+    patches = make_patches(student, plain_attention, SPENDING.stretches)
     expected = predict(unet, inputs, patches.as_options() | {"sigmas": inputs["timesteps"]})  # the grids' phase
     take_off = attach(unet, student, SPENDING)
     found = predict(unet, inputs)
@@ -130,9 +130,9 @@ def test_half_precision_of_an_autocast_is_followed(studio, unet, inputs):
     assert relate(found.float(), exact) < 0.1
 
 
-@pytest.mark.parametrize(("t", "shortened"), [(210.0, True), (190.0, False)])
+@pytest.mark.parametrize(("t", "shortened"), [(600.0, True), (110.0, True), (90.0, False)])
 def test_a_preset_leaves_the_last_steps_to_the_model(studio, unet, inputs, t, shortened):
-    """Quality ends at 80 %, timestep 199.8; whether timesteps come by name or by place."""
+    """Quality ends at 90 %, timestep 99.9; whether timesteps come by name or by place."""
     inputs = inputs | {"timesteps": torch.full((2,), t)}
     plain = predict(unet, inputs)
     take_off = attach(unet, make_student(studio.architecture), PRESETS["quality"])
@@ -141,6 +141,19 @@ def test_a_preset_leaves_the_last_steps_to_the_model(studio, unet, inputs, t, sh
         by_place = unet(inputs["x"], inputs["timesteps"], inputs["context"])
     take_off()
     assert torch.equal(found, by_place) and torch.equal(found, plain) != shortened
+
+
+def test_trained_parts_rest_in_the_second_half(studio, unet, inputs):
+    """From timestep 499.5 on, where `balanced` has a quarter of the tokens."""
+    inputs = inputs | {"x": torch.randn(2, 4, 16, 16)}
+    for t, same in ((500.0, False), (499.0, True)):
+        inputs["timesteps"] = torch.full((2,), t)
+        found = []
+        for student in (make_student(studio.architecture), Student(DHAConfig(levels=(0, 1)), studio.architecture)):
+            take_off = attach(unet, student, PRESETS["balanced"])
+            found.append(predict(unet, inputs))
+            take_off()
+        assert torch.equal(*found) is same
 
 
 def test_a_published_student_runs_to_the_end_whatever_the_preset(studio, unet, inputs):

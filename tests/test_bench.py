@@ -61,13 +61,13 @@ def count_pairs(keys_of_level) -> int:
     return pairs
 
 
-def count_dha_pairs(preset: str, **trained) -> int:
+def count_dha_pairs(preset: str, stretch: int = 0, **trained) -> int:
     """Pairs of a student's plan, from the library rather than from the bench."""
     config = DHAConfig(levels=(0, 1), **trained)
     student = Student(config, Architecture({site.name: 32 for site in SITES}, 128, 128))
 
     def count(level: int, tokens: int) -> int:
-        spending = PRESETS[preset]
+        spending = PRESETS[preset].stretches[stretch]
         plan = student.plan(HEIGHT // 8 >> level, WIDTH // 8 >> level, spending.token_budget, spending.max_tokens)
         return plan.coarse + plan.chosen + config.memory if level in config.levels else tokens
 
@@ -98,6 +98,7 @@ def test_every_subject_computes_the_attention_that_its_name_promises(document):
         "tome": halved,
         "dha-fast": count_dha_pairs("fast"),
         "dha-quality": count_dha_pairs("quality"),
+        "dha-quality-late": count_dha_pairs("quality", 1),
         "kv2-two": count_pairs(lambda level, tokens: tokens if level > 1 else tokens // 4),
         "official-0.5": count_official_pairs(0.5),
         "official-0.1": count_official_pairs(0.1),

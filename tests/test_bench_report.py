@@ -96,6 +96,7 @@ def make_steps(**seconds: float) -> dict:
 
 def test_measured_figures_are_renewed_and_others_kept(tmp_path):
     document = make_layers()
+    document["results"][0]["subjects"].append({"name": "dha-balanced", "ratio": {"median": 4.0}})
     other = {"device": "cpu", "dtype": "fp32", "machine": "m", "rows": []}
     old = {
         "format": "f",
@@ -117,7 +118,7 @@ def test_measured_figures_are_renewed_and_others_kept(tmp_path):
     merged = merge(old, [document], read_pictures(evaluation), "command")
     assert merged["layers"][0] == other and merged["layers"][1]["device"] == "cuda"
     pictures = {"psnr": 40.0, "psnr_training_free": 30.0}
-    assert merged["presets"]["fast"] == {"speed": {"512": 2.5}, "training_free": True, **pictures}
+    assert merged["presets"]["fast"] == {"speed": {"512": [2.5, 4.0]}, "training_free": True, **pictures}
     assert merged["presets"]["quality"] == {"psnr": 30.0}, "its speed was of another run than the note names"
     assert [note.split(":")[0] for note in merged["presets"]["notes"]] == ["Speed", "Pictures"]
     assert "old" not in str(merged["presets"]["notes"])
@@ -127,7 +128,10 @@ def test_measured_figures_are_renewed_and_others_kept(tmp_path):
 
 def test_a_presets_speed_is_the_students_as_its_error_is():
     document = make_steps(dha_balanced=2.0, student_balanced=2.5, dha_fast=1.0, student_fast=1.25)
-    assert list_speeds(document) == {"balanced": {"speed": {"512": 1.6}}, "fast": {"speed": {"512": 3.2}}}
+    assert list_speeds(document) == {"fast": {"speed": {"512": [3.2, 1.6]}}}
+    document = make_steps(dha_quality=2.5, student_balanced=2.0, student_fast=1.25)
+    expected = {"balanced": {"speed": {"512": [2.0, 1.6]}}, "fast": {"speed": {"512": [3.2, 2.0]}}}
+    assert list_speeds(document) == expected, "later steps of balanced are those of quality without a student"
     notes = merge({"format": "f", "layers": [], "presets": {}}, [document], {}, "c")["presets"]["notes"]
     assert notes == ["Speed: of a sampling, from a UNet step of SD-2.1 with a student, chip, 1 thread, fp16, commit 0."]
 
@@ -136,12 +140,15 @@ def test_a_presets_speed_is_the_students_as_its_error_is():
     ("seconds", "said"),
     [
         ({"dha_balanced": 2.0, "dha_fast": 1.0}, "SD-2.1 training-free, chip"),
-        ({"student_balanced": 2.0, "dha_fast": 1.0}, "SD-2.1 with a student (fast: training-free), chip"),
+        (
+            {"student_balanced": 2.0, "dha_quality": 2.5, "dha_balanced": 2.0, "dha_fast": 1.0},
+            "SD-2.1 with a student (fast: training-free), chip",
+        ),
     ],
 )
 def test_speed_without_a_student_is_named_so(seconds, said):
     document = make_steps(**seconds)
-    assert list_speeds(document)["fast"] == {"speed": {"512": 4.0}, "training_free": True}
+    assert list_speeds(document)["fast"] == {"speed": {"512": [4.0, 2.0]}, "training_free": True}
     (note,) = merge({"format": "f", "layers": [], "presets": {}}, [document], {}, "c")["presets"]["notes"]
     assert said in note
 

@@ -109,8 +109,8 @@ def test_report_and_progress(server):
     assert report["student"]["weights"] >= report["original"]["weights"] > TEACHER.stat().st_size / 2
     assert report["speedup"] == pytest.approx(report["original"]["seconds"] / report["student"]["seconds"])
     assert (report["width"], report["height"], report["steps"], report["repeats"]) == (64, 64, 3, 2)
-    values = [value for key, value, total in events if key == "7" and total == 2 * (2 + 2 * 3)]
-    assert values == sorted(values) and set(values) >= set(range(1, 17))
+    values = [value for key, value, total in events if key == "7" and total == 2 * (3 + 2 * 3)]
+    assert values == sorted(values) and set(values) >= set(range(1, 19))
 
 
 def test_the_same_graph_measures_again(server):

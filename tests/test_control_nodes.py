@@ -84,7 +84,7 @@ def test_a_window_does_not_break_a_compiled_graph(studio, control, source):
     x, level, context = draw_source(), torch.tensor([0.1]), torch.randn(1, 77, 128)
 
     def find_pairs(x, level):
-        options = {"sigmas": level, "dha_control_window": False}
+        options = {"sigmas": level, "dha_control_stretch": None}
         return wrap(lambda *given: given[5]["dha_control"], x, level, context, None, None, options)
 
     assert torch.compile(find_pairs, backend="eager", fullgraph=True)(x, level) is None

@@ -9,6 +9,7 @@ from conftest import relate
 from dha.config import DHAConfig
 from dha.dither import PHASES, dithered_indices, find_phase, list_phases
 from dha.patch import WATCH, make_patches, plain_attention
+from dha.presets import Stretch
 from dha.routing import plan_context
 from dha.sites import SITES
 from dha.student import Student
@@ -81,9 +82,9 @@ def test_the_errors_of_a_sampling_cancel(teacher):
     noise = torch.randn(4, 4, 16, 16, generator=generator)
     context = teacher.encode_prompts(["a photo of a cat", "a drawing of a frog", "a photo of a duck", "a flower"])
 
-    def draw(**given):
+    def draw(*stretches, **given):
         student = Student(FREE, teacher.architecture)
-        options = make_patches(student, plain_attention, **given).as_options() if given else {}
+        options = make_patches(student, plain_attention, stretches, **given).as_options() if stretches else {}
 
         def predict(x, t):
             return to_noise(teacher.predict(x, t, context, options), x, t, teacher.prediction)
@@ -91,8 +92,8 @@ def test_the_errors_of_a_sampling_cancel(teacher):
         return sample_euler(predict, noise, 20)
 
     expected = draw()
-    fixed = relate(draw(token_budget=0.125, phase_of=lambda options: None), expected)
-    moving = relate(draw(token_budget=0.125), expected)
+    fixed = relate(draw(Stretch(0.125), phase_of=lambda options: None), expected)
+    moving = relate(draw(Stretch(0.125)), expected)
     assert moving < 0.75 * fixed
 
 

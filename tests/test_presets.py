@@ -14,7 +14,7 @@ from dha.config import DHAConfig
 from dha.dither import dithered_indices
 from dha.patch import Planner, make_patches, plain_attention
 from dha.payoff import Payoff, choose_payoff
-from dha.presets import PRESETS
+from dha.presets import PRESETS, Preset, Stretch
 from dha.routing import coarse_indices
 from dha.sites import SITES, Architecture
 from dha.student import Student
@@ -35,24 +35,39 @@ def measured():
     return importlib.import_module("speed_pack.nodes.measured")
 
 
-def spend_keys(name: str, side: int) -> int:
+def spend_keys(stretch: Stretch, side: int) -> int:
     """Keys at the finest level of a square picture, training-free."""
-    student, preset = Student(DHAConfig(), FULL_SIZE), PRESETS[name]
-    plan = student.plan(side // 8, side // 8, preset.token_budget, preset.max_tokens)
+    plan = Student(DHAConfig(), FULL_SIZE).plan(side // 8, side // 8, stretch.token_budget, stretch.max_tokens)
     return plan.coarse + plan.chosen
 
 
 def test_presets_spend_fewer_keys_in_the_order_of_their_names():
     for side in (512, 768, 1024, 2048):
-        quality, balanced, fast = (spend_keys(name, side) for name in ("quality", "balanced", "fast"))
-        assert quality > balanced > fast > 0
+        for number in (0, 1):
+            spent = [spend_keys(PRESETS[name].stretches[number], side) for name in ("quality", "balanced", "fast")]
+            assert spent == sorted(set(spent), reverse=True) and spent[-1] > 0
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_above_1024_the_number_of_keys_stays_so_that_cost_grows_linearly(name):
-    most = PRESETS[name].max_tokens
-    keys = [spend_keys(name, side) for side in (1024, 2048, 4096)]
-    assert all(0.8 * most <= count <= most for count in keys)
+    for stretch in PRESETS[name].stretches:
+        keys = [spend_keys(stretch, side) for side in (1024, 2048, 4096)]
+        assert all(0.8 * stretch.max_tokens <= count <= stretch.max_tokens for count in keys)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_second_half_of_a_presets_sampling_has_twice_the_keys(name):
+    first, second = PRESETS[name].stretches
+    assert first.end == 0.5 and second.token_budget == 2 * first.token_budget
+    assert second.max_tokens == 2 * first.max_tokens
+    assert first.trained and second.trained == (second.token_budget < 0.25)
+
+
+def test_a_timestep_lies_in_the_stretch_that_has_not_ended_yet():
+    preset = PRESETS["balanced"]
+    found = [preset.find_stretch(timestep) for timestep in (999, 499.5, 499, 99.9, 99, 0)]
+    assert found == [0, 0, 1, 1, None, None]
+    assert Preset((Stretch(0.1),)).find_stretch(0) == 0
 
 
 @pytest.mark.parametrize(
@@ -139,17 +154,23 @@ def test_figures_that_were_not_measured_are_left_out_of_the_tooltip(measured):
     nothing = measured.describe_presets({"presets": {}})
     assert [line.split(":")[0] for line in nothing.splitlines()] == list(PRESETS)
     assert "x" not in nothing.replace("most", "").replace("tokens", "") and "dB" not in nothing
-    figures = {"fast": {"speed": {"1024": 2.344}, "psnr": 35.46}, "notes": ["On some machine."]}
+    figures = {"fast": {"speed": {"1024": [2.344, 2.344]}, "psnr": 35.46}, "notes": ["On some machine."]}
     lines = measured.describe_presets({"presets": figures}).splitlines()
-    assert lines[2].endswith("1024 2.34x; 35.5 dB") and lines[-1] == "On some machine." and len(lines) == 4
+    assert lines[2].endswith("1024 2.20x; 35.5 dB") and lines[-1] == "On some machine." and len(lines) == 4
 
 
 def test_a_presets_speed_in_the_tooltip_is_that_of_a_whole_sampling(measured):
-    """Nine steps at twice the speed and one at the old: 10 / (9 / 2 + 1)."""
+    """Five steps at four times the speed, four at twice, one at the old: 10 / (5 / 4 + 4 / 2 + 1)."""
     preset = PRESETS["balanced"]
-    assert preset.end == 0.9 and preset.relate_sampling(0.5) == pytest.approx(0.55)
-    line = measured.describe_presets({"presets": {"balanced": {"speed": {"768": 2.0}}}}).splitlines()[1]
-    assert "all of them in the last 10 % of the schedule" in line and line.endswith("768 1.82x")
+    assert preset.end == 0.9 and preset.relate_sampling([0.25, 0.5]) == pytest.approx(0.425)
+    line = measured.describe_presets({"presets": {"balanced": {"speed": {"768": [4.0, 2.0]}}}}).splitlines()[1]
+    said = "12.5 % of the tokens, 1152 at most, from 50 % of the schedule on 25 %, in the last 10 % all"
+    assert said in line and line.endswith("768 2.35x")
+    assert describe_one(measured) == "10 % of the tokens, 9 at most"
+
+
+def describe_one(measured) -> str:
+    return measured.describe_stretches(Preset((Stretch(0.1, 9),)))
 
 
 @pytest.mark.parametrize("content", [None, "{", "[]", '{"format": "other"}'])

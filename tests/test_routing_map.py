@@ -66,13 +66,13 @@ def test_the_map_is_what_the_router_chose(studio, module, student, routed):
         recorder = record(studio, module, studio.apply(student=student, levels="finest"), cfg=1.0, steps=1)
     finally:
         handle.remove()
-    (step,) = recorder.steps
+    (step,), (plan,) = recorder.steps, recorder.plans
     best = torch.zeros(256)
-    best[seen[-1][0].topk(recorder.plan.chosen).indices] = 1
+    best[seen[-1][0].topk(plan.chosen).indices] = 1
     layers = len(recorder.layers)
-    assert layers == 5 and recorder.plan.tokens == 256
-    assert step.chosen.sum() == pytest.approx(recorder.plan.chosen)
-    assert recorder.plan.coarse <= step.kept.sum() + 1e-4 <= recorder.plan.coarse + recorder.plan.chosen + 2e-4
+    assert layers == 5 and plan.tokens == 256
+    assert step.chosen.sum() == pytest.approx(plan.chosen)
+    assert plan.coarse <= step.kept.sum() + 1e-4 <= plan.coarse + plan.chosen + 2e-4
     assert (step.kept >= step.chosen).all()
     counts = (step.chosen.flatten() * layers).round()
     assert (counts[best.bool()] >= 1).all(), "a token that this layer chose is not on the map"

@@ -16,7 +16,7 @@ SCHEDULES = [
 
 @pytest.fixture
 def measure(studio, student, module):
-    """Noise level, and whether it is shortened, of every forward of a model's warm-up and of a run after it."""
+    """Noise level, and stretch of the preset, of every forward of a model's warm-up and of a run after it."""
 
     def run(preset="quality", **changes):
         settings = {"levels": "two finest", "token_budget": 0.1, "start_percent": 0.0, "end_percent": 1.0}
@@ -24,7 +24,7 @@ def measure(studio, student, module):
         seen = []
 
         def note(executor, x, timesteps, context, y=None, control=None, options=None, **kwargs):
-            seen.append((options["sigmas"][0].item(), options["dha_window"]))
+            seen.append((options["sigmas"][0].item(), options["dha_stretch"]))
             return executor(x, timesteps, context, y, control, options, **kwargs)
 
         model.add_wrapper_with_key("diffusion_model", "test", note)
@@ -48,12 +48,18 @@ def test_the_warm_up_has_the_first_and_the_last_step_of_the_schedule(measure, sa
     assert (warmed[0], warmed[-1]) == (timed[0], timed[-1])
 
 
-def test_steps_that_a_preset_leaves_exact_are_warmed_up_too(measure):
-    warmed, timed = measure()
-    assert [shortened for _, shortened in warmed] == [True, False] == [timed[0][1], timed[-1][1]]
+@pytest.mark.parametrize("preset", ["quality", "balanced", "fast"])
+def test_each_stretch_of_a_preset_is_warmed_up_and_the_exact_rest(measure, preset):
+    warmed, timed = measure(preset, scheduler="normal", steps=20)
+    assert [stretch for _, stretch in warmed] == [0, 1, None] == list(dict.fromkeys(stretch for _, stretch in timed))
 
 
-@pytest.mark.parametrize("steps", [1, 2])
-def test_a_schedule_of_no_more_than_two_steps_is_warmed_up_whole(measure, steps):
+def test_what_begins_behind_the_middle_is_warmed_up_no_earlier(measure):
+    warmed, timed = measure(denoise=0.2, scheduler="normal", steps=20)
+    assert max(level for level, _ in warmed) == timed[0][0] and warmed[-1] == timed[-1]
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_a_schedule_of_no_more_than_three_steps_is_warmed_up_whole(measure, steps):
     warmed, timed = measure(steps=steps)
     assert warmed == timed and len(warmed) == steps

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from dha.dither import draw_phases
-from dha.patch import make_patches, read_phase
+from dha.patch import OWN, make_patches, read_phase
+from dha.presets import Stretch
 from dha.student import Student
 
 from ..data.batches import Batch
@@ -18,22 +19,20 @@ from .official import compare_maps, teach_routers
 from .transfer import count_grids, joint_error, relative_error
 
 
-def student_options(
-    student: Student, budget: float | None = None, most: int | None = None, phase: Tensor | None = None
-) -> dict:
-    """`transformer_options` that run a student inside the teacher's UNet, at another budget or cap than its own.
+def student_options(student: Student, stretch: Stretch = OWN, phase: Tensor | None = None) -> dict:
+    """`transformer_options` that run a student inside the teacher's UNet, as in a `stretch` of a sampling.
 
     Its grids move with the noise level, or stand at a `phase` (1,).
     """
     phase_of = read_phase if phase is None else lambda _options: phase
-    return make_patches(student, trained_attention, budget, max_tokens=most, phase_of=phase_of).as_options()
+    return make_patches(student, trained_attention, [stretch], phase_of=phase_of).as_options()
 
 
 def list_runs(student: Student, batch: Batch, spread: float) -> list[dict]:
     """A step's `student_options`, one for each of the grids that a loss with a `spread` compares."""
     count = 1 if student.config.mode == "official" else count_grids(spread)
     phases = draw_phases(batch.seed, count, batch.t.device)
-    return [student_options(student, batch.budget, phase=phase) for phase in phases.split(1)]
+    return [student_options(student, Stretch(batch.budget), phase) for phase in phases.split(1)]
 
 
 def imitation_losses(

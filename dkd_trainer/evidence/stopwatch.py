@@ -29,7 +29,7 @@ def time_subjects(
 ) -> dict[str, dict]:
     """Per subject: `seconds` a step with quartiles, `relative` to the first subject, and its `attention_pairs`.
 
-    Where a subject stops before the end of a sampling they are means over all of its steps, and where it takes fewer
+    Where a subject changes within a sampling they are means over all of its steps, and where it takes fewer
     steps than the others' `sampling` of them its time is spread over as many. Medians over rounds, after an uncounted
     step each; `relative` is that of laps of the same round, pairs of query and key are a share of the first subject's
     in all attentions. `size` in pixels, `batch` rows of a UNet call.
@@ -39,12 +39,12 @@ def time_subjects(
     latents = torch.randn(batch, 4, side, side, generator=generator).to(teacher.device)
     context = torch.randn(batch, 77, teacher.architecture.context, generator=generator).to(teacher.device)
     t = torch.full((batch,), 999, device=teacher.device)  # before any end
-    runs = {subject.name: Running(teacher, subject, side) for subject in subjects}
-    pairs = {}
-    for name, running in runs.items():
+    runs = {subject.name: list_parts(Running(teacher, subject, side)) for subject in subjects}
+
+    def count(running: Running) -> int:
         with PairCounter() as counter:
             running.predict(latents, t, context)
-        pairs[name] = counter.pairs
+        return counter.pairs
 
     def lap(running: Running, steps: int) -> float:
         wait(teacher.device)
@@ -54,20 +54,27 @@ def time_subjects(
         wait(teacher.device)
         return (time.perf_counter() - start) / steps
 
-    first = next(iter(runs.values()))
+    pairs = {name: [count(part) for part in parts] for name, parts in runs.items()}
+    (first,) = runs[subjects[0].name]
     steps = min(MOST_STEPS, max(1, round(LAP / lap(first, 1))))
-    laps: dict[str, list[float]] = {name: [] for name in runs}
+    laps: dict[str, list[list[float]]] = {name: [] for name in runs}
     for _ in tqdm(range(rounds), desc=f"time at {size}", leave=False):
-        for name, running in runs.items():
-            laps[name].append(lap(running, steps))
-    base, whole = laps[subjects[0].name], pairs[subjects[0].name]
+        for name, parts in runs.items():
+            laps[name].append([lap(part, steps) for part in parts])
+    base, (whole,) = [own for (own,) in laps[subjects[0].name]], pairs[subjects[0].name]
     found = {}
-    for name, running in runs.items():
-        end, fewer = running.subject.end, running.subject.steps
+    for name, parts in runs.items():
+        ends, fewer = [part.subject.end for part in parts], parts[0].subject.steps
         share = fewer / sampling if fewer and sampling else 1.0
-        mean = [share * mix_steps(end, own, exact) for own, exact in zip(laps[name], base, strict=True)]
-        found[name] = describe(mean, base, share * mix_steps(end, pairs[name] / whole, 1.0))
+        mean = [share * mix_steps(ends, [*own, exact]) for own, exact in zip(laps[name], base, strict=True)]
+        attended = share * mix_steps(ends, [*(count / whole for count in pairs[name]), 1.0])
+        found[name] = describe(mean, base, attended)
     return found
+
+
+def list_parts(running: Running) -> list[Running]:
+    """What runs one after the other in a sampling."""
+    return [running] if running.then is None else [running, *list_parts(running.then)]
 
 
 def describe(laps: list[float], base: list[float], pairs: float) -> dict[str, float]:

@@ -1,7 +1,8 @@
 """Student files and the training-free form as subjects of an evaluation."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,7 +10,8 @@ import torch
 
 from dha.checkpoint import check_architecture, load_student
 from dha.config import DHAConfig
-from dha.presets import NO_CAP, PRESETS, Preset
+from dha.patch import OWN
+from dha.presets import NO_CAP, PRESETS, Preset, Stretch
 from dha.student import Student
 
 from ..engine.imitation import student_options
@@ -48,13 +50,13 @@ class Spending(NamedTuple):
 
 def spend_budget(budget: float) -> Spending:
     """A share of the keys, in all steps and at every size."""
-    return Spending(f"{100 * budget:.4g} % of the keys", "", percent(budget), Preset(budget, NO_CAP))
+    return Spending(f"{100 * budget:.4g} % of the keys", "", percent(budget), Preset((Stretch(budget, NO_CAP),)))
 
 
 def spend_until(budget: float, end: float) -> Spending:
     """A share of the keys in the steps before `end`, all keys in those after it."""
     name = f"{spend_budget(budget).name} until {100 * end:.4g} %"
-    return Spending(name, ", exact in the end", percent(end), Preset(budget, NO_CAP, end))
+    return Spending(name, ", exact in the end", percent(end), Preset((Stretch(budget, NO_CAP, end),)))
 
 
 def list_spendings(own: float, budgets: list[float] | None, ends: list[float], presets: bool) -> list[Spending]:
@@ -86,14 +88,14 @@ def list_students(
 
 def training_free(levels: tuple[int, ...], spending: Spending) -> Subject:
     """The same context without any training."""
-    budget, most, end = spending.preset.token_budget, spending.preset.max_tokens, spending.preset.end
-    config = DHAConfig(levels=levels, token_budget=budget)
+    config = DHAConfig(levels=levels, token_budget=spending.preset.stretches[0].token_budget)
 
-    def build(teacher: Teacher, _side: int) -> dict:
-        return student_options(Student(config, teacher.architecture), most=most)
+    def build(stretch: Stretch, teacher: Teacher, _side: int) -> dict:
+        return student_options(Student(config, teacher.architecture), stretch)
 
     name, family = f"{TRAINING_FREE}, {spending.name}", TRAINING_FREE + spending.family
-    return Subject(name, family, build, spending.label, f"{config.to_json()} {most}", is_dha=True, end=end)
+    first = Subject(name, family, label=spending.label, identity=config.to_json(), is_dha=True)
+    return stretch_subject(first, spending.preset, build)
 
 
 def describe(file: Path, student: Student, spending: Spending | None) -> Subject:
@@ -102,19 +104,29 @@ def describe(file: Path, student: Student, spending: Spending | None) -> Subject
     Shown are a student at its own budget and at the preset in the middle, whichever comes last.
     """
     name, family, label, shown = file.stem, file.stem, "official", True
-    budget, most, end = None, None, 1.0
+    preset = Preset((OWN,))
     if spending is not None:
         name, family, label = f"{file.stem}, {spending.name}", file.stem + spending.family, spending.label
         shown = spending.name in (spend_budget(student.config.token_budget).name, MIDDLE)
-        budget, most, end = dataclasses.astuple(spending.preset)
+        preset = spending.preset
 
-    def build(teacher: Teacher, _side: int) -> dict:
-        return student_options(fit_student(student, teacher), budget, most)
+    def build(stretch: Stretch, teacher: Teacher, _side: int) -> dict:
+        return student_options(fit_student(student, teacher), stretch)
 
     attributes = student.list_attributes([site.block for site in student.list_sites()])
-    identity = f"{name_file(file)} {budget} {most}"
-    kept = {"identity": identity, "attributes": attributes, "end": end}
-    return Subject(name, family, build, label, is_dha=True, is_shown=shown, **kept)
+    kept = {"identity": name_file(file), "attributes": attributes}
+    first = Subject(name, family, label=label, is_dha=True, is_shown=shown, **kept)
+    return stretch_subject(first, preset, build)
+
+
+def stretch_subject(first: Subject, preset: Preset, build: Callable[[Stretch, Teacher, int], dict]) -> Subject:
+    """A subject that goes through the stretches of a preset, each built by `build`."""
+    subject = None
+    for stretch in reversed(preset.stretches):
+        identity = f"{first.identity} {stretch.token_budget} {stretch.max_tokens} {stretch.trained}"
+        own = {"build": partial(build, stretch), "identity": identity, "end": stretch.end, "then": subject}
+        subject = dataclasses.replace(first, **own)
+    return subject
 
 
 def fit_student(student: Student, teacher: Teacher) -> Student:

@@ -4,6 +4,7 @@ import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +29,8 @@ class Subject:
 
     `family` groups the points of one line in the plot, where a point is marked with `label`; `identity` says what
     decides the result beside the name and the teacher; `attributes` are plain values of the UNet's modules to change by
-    path, such as a norm's number of groups. Behind the share `end` of the sampling the teacher itself goes on. The
-    report shows how far pictures of the one that `is_shown` are from the teacher's.
+    path, such as a norm's number of groups. Behind the share `end` of the sampling `then` goes on, or without one the
+    teacher itself. The report shows how far pictures of the one that `is_shown` are from the teacher's.
     """
 
     name: str
@@ -44,12 +45,14 @@ class Subject:
     is_dha: bool = False
     is_shown: bool = False
     end: float = 1.0
+    then: "Subject | None" = None
 
     @property
     def key(self) -> dict[str, object]:
         """Everything about a subject that decides what is measured of it."""
         values = {"name": self.name, "identity": self.identity, "steps": self.steps, "seed": self.seed}
-        return values | {"dtype": str(self.dtype), "attributes": dict(self.attributes), "end": self.end}
+        later = {"then": self.then.key} if self.then else {}
+        return values | {"dtype": str(self.dtype), "attributes": dict(self.attributes), "end": self.end} | later
 
     @property
     def is_teacher(self) -> bool:
@@ -64,23 +67,25 @@ class Running:
         self.subject, self.options = subject, subject.build(teacher, side)
         self.dtype = subject.dtype or torch.float32
         self.unet = teacher.unet if subject.dtype is None else copy.deepcopy(teacher.unet).to(subject.dtype)
+        self.then = None if subject.then is None else Running(teacher, subject.then, side)
         self.draw = 0
 
     def draw_anew(self, number: int) -> None:
         """Set what changes from step to step to another draw: ToMe's tokens, and where a student's grids stand."""
         torch.manual_seed(number)
         self.draw = number
+        if self.then is not None:
+            self.then.draw_anew(number)
 
     def predict(self, latents: Tensor, t: Tensor, context: Tensor) -> Tensor:
         """The raw prediction (B, 4, h, w) in fp32 of noisy latents at timesteps t (B,) for context (B, 77, C)."""
-        if self.subject.end == 1:
-            return self.run(latents, t, context)
         ours = t >= find_timestep(self.subject.end)
-        count = int(ours.sum())
-        if count in (0, len(t)):
-            return self.run(latents, t, context, changed=count > 0)
-        found = self.run(latents, t, context)
-        return torch.where(ours.view(-1, 1, 1, 1), found, self.run(latents, t, context, changed=False))
+        if ours.all():
+            return self.run(latents, t, context)
+        rest = partial(self.run, changed=False) if self.then is None else self.then.predict
+        if not ours.any():
+            return rest(latents, t, context)
+        return torch.where(ours.view(-1, 1, 1, 1), self.run(latents, t, context), rest(latents, t, context))
 
     def run(self, latents: Tensor, t: Tensor, context: Tensor, changed: bool = True) -> Tensor:
         """A forward as the subject changes it, or as the teacher's own."""

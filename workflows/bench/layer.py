@@ -118,7 +118,8 @@ def plan_hybrid(layer: Layer, share: float, most: int, config):
 def list_budgets() -> dict[str, tuple[float, int]]:
     """Share of the keys and their cap by name: presets, then plain shares."""
     presets = import_from_pack("dha.presets").PRESETS
-    named = {name: (preset.token_budget, preset.max_tokens) for name, preset in presets.items()}
+    firsts = {name: preset.stretches[0] for name, preset in presets.items()}
+    named = {name: (stretch.token_budget, stretch.max_tokens) for name, stretch in firsts.items()}
     order = ("balanced", "fast", "quality")
     return {name: named[name] for name in order} | {f"{share:g}": (share, 1 << 30) for share in SHARES}
 

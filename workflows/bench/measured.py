@@ -15,6 +15,7 @@ from dkd_trainer.record import current_command
 from ..server import PACK
 from .model import import_from_pack
 from .report import FORMAT, VERSION, name_machine
+from .subjects import name_steps
 
 OUT = PACK / "nodes" / "measured.json"
 SIZES = ("512x512", "768x768", "1024x1024", "2048x2048")
@@ -47,7 +48,8 @@ def list_layers(document: dict[str, Any]) -> list[list]:
         speeds = {s["name"]: s["ratio"]["median"] for s in result["subjects"] if s.get("ratio")}
         for name in (name.removeprefix("dha-") for name in speeds if name.startswith("dha-")):
             preset, tokens = presets.get(name), result["tokens"]
-            share = min(preset.token_budget, preset.max_tokens / tokens) if preset else float(name)
+            first = preset.stretches[0] if preset else None
+            share = min(first.token_budget, first.max_tokens / tokens) if first else float(name)
             if f"student-{name}" in speeds:
                 slower = min(speeds[f"dha-{name}"], speeds[f"student-{name}"])
                 rows.append([result["channels"], tokens, share, round(slower, 3)])
@@ -63,27 +65,31 @@ def build_table(document: dict[str, Any]) -> dict[str, Any]:
 
 
 def list_speeds(document: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """By preset `speed`, the speed-ups of a UNet step by size, first batch, PyTorch's attention, eager.
+    """By preset `speed`, the speed-ups of its UNet steps by size, first batch, PyTorch's attention, eager.
 
-    They are the student's where any was measured at that preset; else they say `training_free`.
+    One for each stretch of the preset. They are the student's where any was measured at that preset; else they say
+    `training_free`.
     """
-    found: dict[tuple[str, str], dict[str, float]] = {}
+    found: dict[str, dict[str, float]] = {}  # speed-up by subject, by size
     for result in document["results"]:
         size = f"{result['width']}x{result['height']}"
         if result["kind"] != "step" or result.get("backend") != "sdpa" or result.get("compiled") or size not in SIZES:
             continue
+        by_name = found.setdefault(size.split("x")[0], {})
         for subject in result["subjects"]:
-            family, _, preset = subject["name"].partition("-")
             if subject.get("ratio"):
-                by_size = found.setdefault((family, preset), {})
-                by_size.setdefault(size.split("x")[0], round(subject["ratio"]["median"], 2))
+                by_name.setdefault(subject["name"], round(subject["ratio"]["median"], 2))
     speeds = {}
     for preset in import_from_pack("dha.presets").PRESETS:
-        if by_size := found.get(("student", preset)):
-            speeds[preset] = {"speed": by_size}
-        elif by_size := found.get(("dha", preset)):
-            speeds[preset] = {"speed": by_size, "training_free": True}
+        student, free = (pick_speeds(found, name_steps(kind, preset)) for kind in ("student", "dha"))
+        if student or free:
+            speeds[preset] = {"speed": student} if student else {"speed": free, "training_free": True}
     return speeds
+
+
+def pick_speeds(found: dict[str, dict[str, float]], names: list[str]) -> dict[str, list[float]]:
+    """Speed-ups of the named subjects by size; sizes at which one was not measured are left out."""
+    return {size: [by[name] for name in names] for size, by in found.items() if all(name in by for name in names)}
 
 
 def read_pictures(path: Path) -> dict[str, dict[str, float]]:

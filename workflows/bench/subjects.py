@@ -1,5 +1,6 @@
 """What is timed: one SD-2.1 UNet in ComfyUI's hands, and the patched clones of it that share its weights."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -26,6 +27,7 @@ TITLES = {
     "dha-quality": "DHA, training-free, preset quality",
     "student-fast": f"{STUDENT}, preset fast",
     "student-quality": f"{STUDENT}, preset quality",
+    "dha-quality-late": "DHA, training-free, second half of preset quality",
     "kv2-two": "K/V down-sampled by 2, two finest levels",
     "official-0.5": "published DHA, sparsity 0.5, all levels",
     "official-0.1": "published DHA, sparsity 0.1, all levels",
@@ -82,6 +84,26 @@ def patch_dha(model, preset: str = "custom", student=None, budget: float = 0.125
     """Through our own node, with the settings a user would choose."""
     node = import_from_pack("nodes.apply").ApplyDHA
     return unwrap(node.execute(model, levels, budget, 0.0, 1.0, student, preset))
+
+
+def patch_stretch(model, stretch):
+    """Training-free, all steps as in one stretch of a preset."""
+    preset = import_from_pack("dha.presets").Preset((dataclasses.replace(stretch, end=1.0),))
+    return import_from_pack("nodes.apply").apply_student(model, None, None, preset, 0.0, 1.0)
+
+
+def name_steps(kind: str, preset: str) -> list[str]:
+    """The subjects whose step is that of each stretch of a preset: of kind `dha`, or `student` while it is trained.
+
+    A step is timed at the beginning of a sampling; what one preset does later another one mostly does there.
+    """
+    presets = import_from_pack("dha.presets").PRESETS
+    beginnings = {(p.stretches[0].token_budget, p.stretches[0].max_tokens): name for name, p in presets.items()}
+    names = []
+    for stretch in presets[preset].stretches:
+        twin = beginnings.get((stretch.token_budget, stretch.max_tokens), f"{preset}-late")
+        names.append(f"{kind if stretch.trained else 'dha'}-{twin}")
+    return names
 
 
 def patch_student(model, preset: str = "custom", **settings):
@@ -154,6 +176,7 @@ def list_patchers() -> dict[str, Callable]:
         "hypertile": patch_hypertile,
         "tome": patch_tome,
         **{f"dha-{name}": partial(patch_dha, preset=name) for name in presets},
+        "dha-quality-late": partial(patch_stretch, stretch=presets["quality"].stretches[-1]),
         **{f"student-{name}": partial(patch_student, preset=name, levels=(0, 1), **TRAINED) for name in presets},
         **{f"official-{share:g}": partial(patch_student, sparsity=share, **everywhere) for share in (0.5, 0.1)},
     }
