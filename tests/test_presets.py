@@ -136,6 +136,26 @@ def test_a_layer_that_does_not_pay_is_handed_back_untouched():
         assert (context is n) == (length == 64)
 
 
+def test_whether_a_layer_pays_is_decided_within_one_compiled_graph():
+    """At SD-2.1's own widths, which alone are looked up in a table."""
+    config = DHAConfig(levels=(0,), memory=4, rank=4, local=8, blend=True)
+    student = Student(config, FULL_SIZE).start()
+    n, emb = torch.randn(1, 4096, 320), torch.randn(1, 1280)
+    patches = make_patches(student, plain_attention, pays=choose_payoff([TABLE], "cpu", "fp32").pays)
+
+    def run(n, emb, level):
+        options = {"block": ("input", 1), "activations_shape": [1, 320, 64, 64], "sigmas": level}
+        options |= patches.as_options()
+        patches.emb(emb, 320, options)
+        return patches.attn1(n, n, n, options)
+
+    with torch.no_grad():
+        level = torch.tensor([2.0])
+        found = torch.compile(run, backend="eager", fullgraph=True)(n, emb, level)
+        assert all(torch.equal(*pair) for pair in zip(found, run(n, emb, level), strict=True))
+    assert found[1].shape[1] == 512 + 4
+
+
 def test_no_layer_asks_the_device_for_a_number():
     """Everything of a layer runs on `meta`, where nothing can be read back, in eager and with every trained part."""
     config = DHAConfig(levels=(0,), memory=4, rank=4, router_width=8, local=8, blend=True)
