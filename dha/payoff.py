@@ -41,8 +41,8 @@ class Payoff:
         rows = [row for row in rows if row.tokens <= tokens and row.share * tokens >= keys]
         if not rows:
             return False
-        # Tuples, not min's `key`: torch.compile would leave the graph for it.
-        return min((row.share, -row.tokens, row.speedup) for row in rows)[-1] >= WORTH
+        # A list of tuples: torch.compile leaves the graph for min's `key`, and for its generators.
+        return min([(row.share, -row.tokens, row.speedup) for row in rows])[-1] >= WORTH
 
 
 def choose_payoff(tables: Iterable[dict], device: str, dtype: str) -> Payoff:
