@@ -72,7 +72,7 @@ class ApplyDHA(io.ComfyNode):
                     max=1.0,
                     step=0.001,
                     tooltip="When in the sampling to stop, 1 at the last step. Lower it to keep the last steps, which "
-                    "draw the detail, exact: they gain most. The presets quality and balanced stop by themselves.",
+                    "draw the detail, exact: they gain most. The presets stop by themselves.",
                 ),
                 DHA_STUDENT.Input(
                     "student",

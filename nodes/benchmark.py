@@ -47,8 +47,8 @@ class Benchmark(io.ComfyNode):
                     default=10,
                     min=1,
                     max=100,
-                    tooltip="Steps of one timed run. Presets of Apply DHA that leave the last ones exact show their "
-                    "mean with 10 or more; for presets without an end 1 is enough.",
+                    tooltip="Steps of one timed run. With 10 or more the presets of Apply DHA show about the mean of "
+                    "their steps, of which the first are the fastest; with the preset custom 1 is enough.",
                 ),
                 io.Int.Input(
                     "repeats",

@@ -54,7 +54,7 @@ def make_report():
     relative = {"teacher": 1.0, "ours": 0.8, "slow peer": 0.9, "slower peer": 0.95, "fast peer": 0.6}
     times = {n: {"seconds": r, "q1": r, "q3": r, "relative": r, "attention_pairs": r} for n, r in relative.items()}
     timing = [{"checkpoint": "a", "architecture": "b", "batch": 2, "rounds": 3, "size": 64, "subjects": times}]
-    settings = dict.fromkeys(("teacher", "architecture", "prediction", "held_out_pairs", "sampler", "dtype"), "x")
+    settings = dict.fromkeys(("teacher", "architecture", "prediction", "held_out_pairs", "sampler", "precision"), "x")
     settings |= {"size": 64, "steps": 25, "cfg": 4.0, "note": "", "students": {"ours.safetensors": "0123456789abcdef"}}
     record = dict.fromkeys(("command", "commit", "hardware", "torch", "comfyui"), "<x>")
     sheet = [("teacher", torch.zeros(3, 3, 8, 8, dtype=torch.uint8))]

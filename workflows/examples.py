@@ -70,13 +70,14 @@ def make_compare_speed() -> Example:
 picture, the more self-attention costs and the more DHA saves. Cancel stops it at the next step. {MINI} At its own size
 there is nothing to save.
 
-For the real model set `sizes` to `512, 768, 1024`; where a layer would get no faster, `auto` leaves it as it is. One
-step tells all of the preset `fast`; for the others, which leave the last steps to the original, set `steps` to 10."""
+For the real model set `sizes` to `512, 768, 1024`; where a layer would get no faster, `auto` leaves it as it is. In ten
+steps a preset has as many of each kind as its share of a sampling is: short ones, longer ones, and the original's. Set
+`repeats` to 3 for a steadier figure."""
     graph = prepare(CHECKPOINT, TREES)
     del graph["4"]
-    patched = add_student(graph, STUDENT, {"preset": "fast"})
+    patched = add_student(graph, STUDENT, {"preset": "balanced"})
     conditions = {"positive": ["2", 0], "negative": ["3", 0]}
-    settings = {"sizes": "128, 256, 512", "steps": 1, "repeats": 3, "cfg": TREES.cfg}
+    settings = {"sizes": "128, 256, 512", "steps": 10, "repeats": 1, "cfg": TREES.cfg}
     graph["7"] = node("DHABenchmark", original=["1", 0], student=patched, **conditions, **settings)
     graph["8"] = node("SaveImage", images=["7", 0], filename_prefix="dha-benchmark")
     graph["9"] = node("DHASaveReport", report=["7", 1], filename_prefix="dha-benchmark")
@@ -88,7 +89,7 @@ def make_img2img() -> Example:
 The picture of the first *KSampler* is drawn anew after another prompt. {MINI}
 
 For a picture of your own put *Load Image* in place of the first *VAE Decode*. `denoise` says how much of it changes.
-The less that is, the more steps `balanced` and `quality` leave to the original; `fast` leaves none."""
+The less that is, the larger the part of the steps that a preset leaves to the original; `fast` leaves fewest."""
     graph = draw_with_student(CHECKPOINT, OWL, STUDENT, **EVERYWHERE)
     graph["9"] = node("PreviewImage", images=["8", 0])
     graph["10"] = node("VAEEncode", pixels=["8", 0], vae=["1", 2])
@@ -105,9 +106,9 @@ The less that is, the more steps `balanced` and `quality` leave to the original;
 def make_hires_fix() -> Example:
     note = f"""## Draw small, then refine large
 The first *KSampler* settles what is where at the size that the model was trained for, the second draws the details at
-twice that size. Most of the time goes into the second, and there DHA saves most; the preset is `fast`, as the others
-leave the last steps, a large part of the second *KSampler*'s, to the original. {MINI} It was trained at 128x128 only,
-so its 256x256 is a test of the graph, not of the picture.
+twice that size. Most of the time goes into the second, and there DHA saves most; the preset is `fast`, which leaves
+fewest of the last steps, of which the second *KSampler* has many, to the original. {MINI} It was trained at 128x128
+only, so its 256x256 is a test of the graph, not of the picture.
 
 For the real model set the empty latent to 512x512 and the second size to 1024x1024 or more."""
     graph = draw_with_student(CHECKPOINT, TREES, STUDENT, **{**EVERYWHERE, "preset": "fast"})
@@ -146,7 +147,8 @@ def make_routing_map() -> Example:
     note = f"""## Which tokens answer?
 *DHA Routing Map* draws a picture and shows at every step which tokens are keys: the fuller the orange, the more layers
 look at the token. They stand elsewhere in each layer and at each step, so that every token has its turn and errors of
-single steps cancel. It shows the steps that DHA takes: the preset leaves the last ones to the original.
+single steps cancel. It shows the steps that DHA takes: the preset has twice the keys in the second half, and leaves
+the last steps to the original.
 {MINI}"""
     graph = prepare(CHECKPOINT, TREES)
     patched = add_student(graph, STUDENT, EVERYWHERE)

@@ -13,8 +13,7 @@ from dha.frequency import BANDS
 
 from ..data.pictures import cut_picture
 from ..evidence.commands import run_command
-from ..evidence.comparison import add_arguments, describe_circumstances
-from ..evidence.evaluation import Sampling
+from ..evidence.comparison import add_arguments, describe_circumstances, read_sampling
 from ..evidence.hardware import describe_run
 from ..evidence.held_out import HeldOut, open_held_out, to_bytes
 from ..evidence.judges import list_judges
@@ -77,7 +76,7 @@ class ControlComparison:
     """
 
     def __init__(self, args: argparse.Namespace):
-        self.args, self.sampling = args, Sampling(args.steps, args.cfg, args.batch)
+        self.args, self.sampling = args, read_sampling(args)
         self.changes, self.sizes = read_changes(args.changed), [read_size(text) for text in args.more_sizes]
         self.teacher, self.net = Teacher(args.teacher, torch.device(args.device)), load_feature_net()
         self.branches = read_branches(args.controls, self.teacher)
@@ -175,7 +174,9 @@ class ControlComparison:
         settings = {"checkpoint": name, "architecture": teacher.architecture.label, "batch": 2, "rounds": args.rounds}
         timed = []
         for size in args.time_size or [args.size]:
-            times = time_subjects(teacher, [variant.on() for variant in variants], size, 2, args.rounds)
+            times = time_subjects(
+                teacher, [variant.on() for variant in variants], size, 2, args.rounds, precision=args.precision
+            )
             memory = measure_memory(teacher, variants, size, 2)
             timed.append({**settings, "size": size, "variants": {n: times[n] | memory[n] for n in times}})
         return timed

@@ -153,7 +153,7 @@ def to_markdown(findings: Findings, sheets: dict[str, tuple[str, bytes]]) -> str
     zero = "yes" if all(s["strength_0_is_uncontrolled"].values()) else "NO"
     setting = (
         f"{s['teacher']} ({s['architecture']}), held-out pairs {s['held_out_pairs']}, {s['sampler']}, {s['steps']} "
-        f"steps, cfg {s['cfg']:g}, fp32, on {r['hardware']}; torch {r['torch']}, ComfyUI {r['comfyui']}, "
+        f"steps, cfg {s['cfg']:g}, {s['precision']}, on {r['hardware']}; torch {r['torch']}, ComfyUI {r['comfyui']}, "
         f"commit {r['commit']}. {BRANCH[s['accelerate']]} Strength 0 is the uncontrolled model to the bit: {zero}."
     )
     files = [describe_files("Controls", s["controls"]), describe_files("Students", s["students"])]

@@ -64,7 +64,7 @@ def draw_variant(teacher: Teacher, variant: Variant, scenes: HeldOut, sampling: 
         chunk = replace(
             scenes, latents=scenes.latents[part], context=scenes.context[part], prompts=scenes.prompts[part]
         )
-        running = Running(teacher, variant.on(chunk.latents, SEED + start), chunk.latents.shape[-1])
+        running = Running(teacher, variant.on(chunk.latents, SEED + start), chunk.latents.shape[-1], sampling.precision)
         drawn.append(draw_latents(teacher, running, chunk, sampling))
     return torch.cat(drawn)
 

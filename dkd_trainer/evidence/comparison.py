@@ -15,7 +15,7 @@ from .judges import list_judges
 from .kept import Kept, name_code, name_file
 from .report import Report
 from .stopwatch import time_subjects
-from .subject import Subject
+from .subject import PRECISIONS, Subject
 from .summary import Row, summarise
 
 UNTIMED = ("null", "far end")  # families
@@ -32,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--steps", type=int, default=25, help="of Euler's method (%(default)s)")
     add("--cfg", type=float, default=4.0, help="guidance scale (%(default)s)")
     add("--batch", type=int, default=32, help="pictures drawn at once (%(default)s)")
+    add("--precision", choices=PRECISIONS, default="fp32", help="of all UNets, by autocast (%(default)s)")
     add("--scorer", type=Path, help="prompt scorer from dkd_trainer.metrics.prompt_score (emoji scenes)")
     add("--clip-weights", type=Path, help="weights for a CLIP score by open_clip; nothing is downloaded")
     add("--clip-model", default="ViT-B-32", help="their architecture as open_clip names it (%(default)s)")
@@ -43,13 +44,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--out", type=Path, required=True, help="folder for the results; the same command goes on where it stopped")
 
 
+def read_sampling(args: argparse.Namespace) -> Sampling:
+    return Sampling(args.steps, args.cfg, args.batch, args.precision)
+
+
 def describe_circumstances(args: argparse.Namespace, held_out: HeldOut, code: str) -> dict:
     """Everything that decides what is measured of any subject, from the options of `add_arguments`."""
     files = [file for file in (args.teacher, args.scorer, args.clip_weights) if file is not None]
     return {
         "files": [name_file(file) for file in files],
         "pairs": held_out.identity,
-        "sampling": asdict(Sampling(args.steps, args.cfg, args.batch)),
+        "sampling": asdict(read_sampling(args)),
         "clip_model": args.clip_model,
         "device": torch.device(args.device).type,
         "code": code,
@@ -63,7 +68,7 @@ class Comparison:
     """
 
     def __init__(self, args: argparse.Namespace):
-        self.args, self.sampling = args, Sampling(args.steps, args.cfg, args.batch)
+        self.args, self.sampling = args, read_sampling(args)
         self.judges, self.missing = list_judges(args.scorer, args.clip_weights, args.clip_model)
         self.teacher = Teacher(args.teacher, torch.device(args.device))
         cache = args.out / "cache"
@@ -101,7 +106,7 @@ class Comparison:
             teacher, name = Teacher(args.time_checkpoint, teacher.device), args.time_checkpoint.name
         settings = {"checkpoint": name, "architecture": teacher.architecture.label, "batch": 2, "rounds": args.rounds}
         sizes = args.time_size or [args.size]
-        how = {"batch": 2, "rounds": args.rounds, "sampling": args.steps}
+        how = {"batch": 2, "rounds": args.rounds, "sampling": args.steps, "precision": args.precision}
         return [{**settings, "size": s, "subjects": time_subjects(teacher, timed, s, **how)} for s in sizes]
 
     def report(self, students: list[Path], note: str = "") -> Report:
@@ -111,7 +116,6 @@ class Comparison:
             "teacher": self.args.teacher.name,
             "architecture": self.teacher.architecture.label,
             "prediction": self.teacher.prediction,
-            "dtype": "fp32",
             "sampler": "Euler",
             **asdict(self.sampling),
             "size": self.args.size,

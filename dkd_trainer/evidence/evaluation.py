@@ -18,11 +18,12 @@ SHOWN = 12  # pictures of each subject that are kept for the sheet
 
 @dataclass(frozen=True)
 class Sampling:
-    """How pictures are drawn; Euler's method, `cfg` the guidance scale."""
+    """How pictures are drawn; Euler's method, `cfg` the guidance scale, `precision` that of the UNet (`PRECISIONS`)."""
 
     steps: int = 25
     cfg: float = 4.0
     batch: int = 32
+    precision: str = "fp32"
 
 
 @torch.inference_mode()
@@ -80,7 +81,7 @@ def measure_subject(
 
     `judges` are functions of pictures, see `list_judges` in `dkd_trainer.evidence.judges`.
     """
-    running = Running(teacher, subject, held_out.latents.shape[-1])
+    running = Running(teacher, subject, held_out.latents.shape[-1], sampling.precision)
     measured: dict[str, Tensor] = {}
     if reference is None:
         measured["predictions"] = predict_bands(running, held_out, teacher.device)

@@ -221,7 +221,7 @@ def describe_settings(report: Report) -> str:
     s, r = report.settings, report.record
     said = (
         f"{s['teacher']} ({s['architecture']}, {s['prediction']} prediction), held-out pairs {s['held_out_pairs']}, "
-        f"{s['size']}x{s['size']}, {s['sampler']}, {s['steps']} steps, cfg {s['cfg']:g}, {s['dtype']}, "
+        f"{s['size']}x{s['size']}, {s['sampler']}, {s['steps']} steps, cfg {s['cfg']:g}, {s['precision']}, "
         f"on {r['hardware']}; torch {r['torch']}, ComfyUI {r['comfyui']}, commit {r['commit']}."
     )
     return " ".join(filter(None, [said, describe_files("Students", s["students"]), s["note"]]))

@@ -25,7 +25,13 @@ def wait(device: torch.device) -> None:
 
 @torch.inference_mode()
 def time_subjects(
-    teacher: Teacher, subjects: Sequence[Subject], size: int, batch: int, rounds: int, sampling: int | None = None
+    teacher: Teacher,
+    subjects: Sequence[Subject],
+    size: int,
+    batch: int,
+    rounds: int,
+    sampling: int | None = None,
+    precision: str = "fp32",
 ) -> dict[str, dict]:
     """Per subject: `seconds` a step with quartiles, `relative` to the first subject, and its `attention_pairs`.
 
@@ -39,7 +45,7 @@ def time_subjects(
     latents = torch.randn(batch, 4, side, side, generator=generator).to(teacher.device)
     context = torch.randn(batch, 77, teacher.architecture.context, generator=generator).to(teacher.device)
     t = torch.full((batch,), 999, device=teacher.device)  # before any end
-    runs = {subject.name: list_parts(Running(teacher, subject, side)) for subject in subjects}
+    runs = {subject.name: list_parts(Running(teacher, subject, side, precision)) for subject in subjects}
 
     def count(running: Running) -> int:
         with PairCounter() as counter:

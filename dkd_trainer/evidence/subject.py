@@ -16,6 +16,7 @@ from ..host import Teacher
 
 # `transformer_options` for a teacher and a side of the finest level in tokens: peers are stated as shares of it
 Build = Callable[[Teacher, int], dict]
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def build_nothing(_teacher: Teacher, _side: int) -> dict:
@@ -61,13 +62,18 @@ class Subject:
 
 
 class Running:
-    """A subject on a teacher: its patches are built, and the weights are copied where the precision differs."""
+    """A subject on a teacher: its patches are built, and the weights are copied where the subject's precision differs.
 
-    def __init__(self, teacher: Teacher, subject: Subject, side: int):
+    Other subjects are computed in `precision` by autocast, as the trainer does.
+    """
+
+    def __init__(self, teacher: Teacher, subject: Subject, side: int, precision: str = "fp32"):
         self.subject, self.options = subject, subject.build(teacher, side)
         self.dtype = subject.dtype or torch.float32
         self.unet = teacher.unet if subject.dtype is None else copy.deepcopy(teacher.unet).to(subject.dtype)
-        self.then = None if subject.then is None else Running(teacher, subject.then, side)
+        self.then = None if subject.then is None else Running(teacher, subject.then, side, precision)
+        lower = precision != "fp32" and subject.dtype is None
+        self.autocast = partial(torch.autocast, teacher.device.type, PRECISIONS[precision], enabled=lower)
         self.draw = 0
 
     def draw_anew(self, number: int) -> None:
@@ -92,7 +98,7 @@ class Running:
         options, attributes = (self.options, self.subject.attributes) if changed else ({}, {})
         options = {"sigmas": noise_levels(t) * (1 + self.draw), **options}  # what a student's grids are moved by
         inputs = {"context": context.to(self.dtype), "transformer_options": options}
-        with changed_attributes(self.unet, attributes):
+        with changed_attributes(self.unet, attributes), self.autocast():
             return self.unet(latents.to(self.dtype), t.float(), **inputs).float()
 
 
