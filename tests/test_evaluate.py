@@ -174,6 +174,37 @@ def half_way(budget):
     return spend_until(budget, 0.5)
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("0.1", "expected a share of the keys"),
+        ("0.1:0.5,0.2:0.4", "expected ends that rise"),
+        ("2:0.5", "expected a share of the keys"),
+        ("0.1:0", "expected a share of the schedule"),
+        ("0.1:0.5:bare", "expected SHARE:END or SHARE:END:plain"),
+    ],
+)
+def test_stretches_that_make_no_sampling_are_refused(arguments, text, said, capsys):
+    with pytest.raises(SystemExit):
+        read(arguments, "--stretches", "0.1:0.5,0.2:1", text)
+    assert said in capsys.readouterr().err
+
+
+def test_stretches_are_rows_and_plain_ones_run_untrained(arguments, student, out):
+    from dkd_trainer.evidence import evaluate
+
+    given = ["0.125:0.7", "0.125:0.5,0.125:0.7:plain", "0.125:0.5:plain,0.125:0.7:plain"]
+    evaluate.evaluate(read(arguments, "--students", student, "--no-peers", "--stretches", *given))
+    rows = json.loads((out / "evaluation.json").read_text())["rows"]
+    names = ["12.5 % until 70 %", "12.5 % until 50 %; 12.5 % until 70 %, plain"]
+    names.append("12.5 % until 50 %, plain; 12.5 % until 70 %, plain")
+    free, ours = ([rows[f"{kind}, {name}"] for name in names] for kind in ("DHA, training-free", "evaluated"))
+    assert len({row["error mean"] for row in free}) == 1 == len({row["psnr"] for row in free})
+    assert ours[2]["psnr"] == free[0]["psnr"] and len({row["error mean"] for row in ours}) == 3
+    assert ours[1]["error 600-1000"] == ours[0]["error 600-1000"] != free[0]["error 600-1000"]
+    assert all(row["error 100-300"] == 0 for row in (*free, *ours))
+
+
 def test_presets_and_ends_are_rows_of_their_own(arguments, student, out):
     from dkd_trainer.evidence import evaluate
 

@@ -5,6 +5,8 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from dha.presets import NO_CAP, Preset, Stretch
+
 from ..engine.state import TrainingStopped
 from ..host import ensure_comfy
 
@@ -18,6 +20,25 @@ def parse_share(what: str, of: str, text: str) -> float:
     if not 0 < share < 1:
         raise argparse.ArgumentTypeError(f"{what} {text!r}, expected a share of the {of} between 0 and 1")
     return share
+
+
+def parse_stretches(text: str) -> Preset:
+    """`0.125:0.5,0.25:0.9:plain`: shares of the keys until shares of the schedule, `plain` without trained parts.
+
+    Raises ArgumentTypeError where they are none or the ends do not rise.
+    """
+    stretches = []
+    for part in text.split(","):
+        share, end, *plain = part.split(":") if part.count(":") in (1, 2) else ("", "")
+        if plain not in ([], ["plain"]):
+            raise argparse.ArgumentTypeError(f"stretch {part!r}, expected SHARE:END or SHARE:END:plain")
+        budget = parse_share("stretch", "keys", share)
+        last = 1.0 if end in ("1", "1.0") else parse_share("stretch's end", "schedule", end)
+        stretches.append(Stretch(budget, NO_CAP, last, trained=not plain))
+    ends = [stretch.end for stretch in stretches]
+    if ends != sorted(set(ends)):
+        raise argparse.ArgumentTypeError(f"stretches {text!r}, expected ends that rise")
+    return Preset(tuple(stretches))
 
 
 def run_command(name: str, measure: Callable[[argparse.Namespace], Iterable[Path]], args: argparse.Namespace) -> None:

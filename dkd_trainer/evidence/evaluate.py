@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from ..host import ROOT
-from .commands import parse_share, run_command
+from .commands import parse_share, parse_stretches, run_command
 from .comparison import Comparison, add_arguments
 from .peers import list_fewer_steps, list_peers
 from .report import write_report
@@ -28,6 +28,14 @@ def read_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace
     parser.add_argument(
         "--ends", type=end, nargs="+", default=[], help="shares of the schedule before an exact rest, own budgets"
     )
+    parser.add_argument(
+        "--stretches",
+        type=parse_stretches,
+        nargs="+",
+        default=[],
+        help="shares of the keys that change while it samples, and an exact rest: 0.125:0.5,0.25:0.9 is an eighth "
+        "until half of the schedule, then a quarter until nine tenths; a part with :plain behind it runs untrained",
+    )
     parser.add_argument("--presets", action="store_true", help="the presets of Apply DHA as well")
     parser.add_argument("--no-peers", action="store_true", help="students and the null band alone")
     return parser.parse_args(arguments)
@@ -37,7 +45,7 @@ def list_subjects(args: argparse.Namespace, comparison: Comparison) -> list[Subj
     """The null band, DHA at every budget, end and preset, and peers at the first student's levels; or ValueError."""
     students = read_students(args.students, comparison.teacher)
     subjects = list_null_band(args.steps, comparison.teacher.device)
-    subjects += list_students(students, args.budgets, args.ends, args.presets)
+    subjects += list_students(students, args.budgets, args.ends, args.presets, args.stretches)
     if not args.no_peers:
         subjects += list_fewer_steps(args.steps) + list_peers(peer_levels(students))
     names = [subject.name for subject in subjects]

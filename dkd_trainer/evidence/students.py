@@ -59,22 +59,32 @@ def spend_until(budget: float, end: float) -> Spending:
     return Spending(name, ", exact in the end", percent(end), Preset((Stretch(budget, NO_CAP, end),)))
 
 
-def list_spendings(own: float, budgets: list[float] | None, ends: list[float], presets: bool) -> list[Spending]:
-    """What a student is evaluated at: the budgets or its own one, its own one until each end, the presets."""
-    found = [spend_budget(budget) for budget in budgets or [own]]
-    found += [spend_until(own, end) for end in ends]
-    found += [Spending(f"preset {name}", ", presets", name, p) for name, p in PRESETS.items() if presets]
-    return found
+def spend_stretches(preset: Preset) -> Spending:
+    """Shares of the keys that change while it samples."""
+    parts = [f"{100 * s.token_budget:.4g} % until {100 * s.end:.4g} %" for s in preset.stretches]
+    plain = [", plain" if not s.trained else "" for s in preset.stretches]
+    name = "; ".join(a + b for a, b in zip(parts, plain, strict=True))
+    return Spending(name, ", stretches", name.partition(" %")[0], preset)
+
+
+def list_spendings(own: float, budgets: list[float] | None, ends: list[float], more: list[Spending]) -> list[Spending]:
+    """What a student is evaluated at: the budgets or its own one, its own one until each end, and `more`."""
+    return [*(spend_budget(b) for b in budgets or [own]), *(spend_until(own, end) for end in ends), *more]
 
 
 def list_students(
-    students: dict[Path, Student], budgets: list[float] | None, ends: Sequence[float] = (), presets: bool = False
+    students: dict[Path, Student],
+    budgets: list[float] | None,
+    ends: Sequence[float] = (),
+    presets: bool = False,
+    stretches: Sequence[Preset] = (),
 ) -> list[Subject]:
     """Each student as `list_spendings` says, after the training-free form of the same.
 
     Students of mode `official` have no budget and come once.
     """
-    further = (budgets, list(ends), presets)
+    more = [Spending(f"preset {name}", ", presets", name, p) for name, p in PRESETS.items() if presets]
+    further = (budgets, list(ends), [*more, *map(spend_stretches, stretches)])
     own = dict.fromkeys(s.config.token_budget for s in students.values() if s.config.mode == "hybrid")
     spendings = dict.fromkeys(spending for budget in own or [0.125] for spending in list_spendings(budget, *further))
     subjects = [training_free(peer_levels(students), spending) for spending in spendings]
