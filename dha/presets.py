@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-PLAIN = 0.25  # from this share of the tokens on the second half of a sampling is nearer without trained parts
+UNTRAINED_FROM = 0.25  # of the tokens: the second half of a sampling comes out nearer without trained parts
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ NO_CAP = 1 << 30  # keys: a share of the tokens stays that share at every size
 
 def rise(token_budget: float, max_tokens: int, end: float) -> Preset:
     """A preset whose second half has twice the keys: what the last steps get wrong no later one makes good."""
-    second = Stretch(2 * token_budget, 2 * max_tokens, end, trained=2 * token_budget < PLAIN)
+    second = Stretch(2 * token_budget, 2 * max_tokens, end, trained=2 * token_budget < UNTRAINED_FROM)
     return Preset((Stretch(token_budget, max_tokens, 0.5), second))
 
 

@@ -47,7 +47,7 @@ class CompareModels(io.ComfyNode):
             display_name="Compare Models",
             category="DHA/compare",
             description="Samples the same prompt and seed through two models, as KSampler would, and times both: each "
-            "model is warmed up with two steps that are not counted, the two take turns, and loading is not counted.",
+            "model is warmed up with three steps that are not counted, the two take turns, and loading is not counted.",
             is_output_node=True,
             inputs=[
                 io.Model.Input("original", tooltip="The model as it is; sampled exactly as KSampler samples it."),

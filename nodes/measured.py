@@ -11,7 +11,7 @@ from ..dha.payoff import Payoff, choose_payoff
 from ..dha.presets import PRESETS, Preset
 
 FILE = Path(__file__).with_name("measured.json")
-FORMAT = "dha-measured"
+FORMAT = "dha-measured-2"  # before, a preset had one speed
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
@@ -57,10 +57,11 @@ def describe_presets(measured: dict[str, Any]) -> str:
 
 
 def describe_stretches(preset: Preset) -> str:
-    """How many tokens answer in a sampling: `12.5 % of the tokens, 1152 at most, from half of the schedule on ...`."""
+    """How many tokens answer in a sampling: `12.5 % of the tokens, 1152 at most, from 50 % of the schedule on ...`."""
     first, *later = preset.stretches
     words, begin = [f"{100 * first.token_budget:.4g} % of the tokens, {first.max_tokens} at most"], first.end
     for stretch in later:
-        words.append(f"from {100 * begin:.3g} % of the schedule on {100 * stretch.token_budget:.4g} %")
+        share = f"{100 * stretch.token_budget:.4g} %, {stretch.max_tokens}"
+        words.append(f"from {100 * begin:.3g} % of the schedule on {share}")
         begin = stretch.end
     return ", ".join(words) + (f", in the last {100 * (1 - begin):.3g} % all" if begin < 1 else "")

@@ -231,6 +231,7 @@ def describe(recorder: Recorder) -> dict[str, Any]:
         "grid": plans[0].coarse,
         "later_grid": plans[-1].coarse,
         "chosen": plans[0].chosen,
+        "later_chosen": plans[-1].chosen,
         "layers": len(recorder.layers),
         "steps": len(recorder.steps),
         "ever_answered": (kept.amax(0) > 0).float().mean().item(),
@@ -240,21 +241,24 @@ def describe(recorder: Recorder) -> dict[str, Any]:
 
 def tabulate(report: dict[str, Any]) -> list[list[str]]:
     rows = [["", "tokens"], ["of the picture at this level", str(report["tokens"])]]
-    rows += [["on the grid of each layer", describe_grid(report)], ["chosen by each router", str(report["chosen"])]]
+    rows += [
+        ["on the grid of each layer", describe_count(report, "grid")],
+        ["chosen by each router", describe_count(report, "chosen")],
+    ]
     rows.append(["answered in some layer at some step", f"{report['ever_answered']:.0%}"])
     if report["overlap_of_steps"] is not None:
         rows.append(["same as at the step before", f"{report['overlap_of_steps']:.0%}"])
     return rows
 
 
-def describe_grid(report: dict[str, Any]) -> str:
-    """A layer's keys on the grid: `32`, or `32, later 64`."""
-    first, last = report["grid"], report["later_grid"]
+def describe_count(report: dict[str, Any], name: str) -> str:
+    """A layer's keys of a kind, `grid` or `chosen`: `32`, or `32, later 64`."""
+    first, last = report[name], report[f"later_{name}"]
     return str(first) if first == last else f"{first}, later {last}"
 
 
 def summarise(report: dict[str, Any]) -> str:
     """One line for the node."""
-    routed = f" and {report['chosen']} that its router chose" if report["chosen"] else ""
-    answering = f"in each of {report['layers']} layers {describe_grid(report)} tokens of a grid{routed} answer"
+    routed = f" and {describe_count(report, 'chosen')} that its router chose" if report["chosen"] else ""
+    answering = f"in each of {report['layers']} layers {describe_count(report, 'grid')} tokens of a grid{routed} answer"
     return f"{answering}, of {report['tokens']}; over the steps {report['ever_answered']:.0%} had their turn"

@@ -133,9 +133,10 @@ def warm_up(sampling: Sampling, model, latent: dict, callback) -> None:
     """
     levels = sampling.find_levels(model)
     if len(levels) > WARM_UP + 1:
-        middle = levels.new_tensor([model.get_model_object("model_sampling").percent_to_sigma(LATE)])
-        middle = middle.clamp(min=float(levels[-2]), max=float(levels[0]))  # img2img may begin behind it
-        levels = torch.cat([levels[:1], middle, levels[-2:]])
+        # One of the schedule's own between them: some samplers divide by the way from one level to the next.
+        between, late = levels[1:-2], model.get_model_object("model_sampling").percent_to_sigma(LATE)
+        middle = (between - float(late)).abs().argmin()
+        levels = torch.cat([levels[:1], between[middle : middle + 1], levels[-2:]])
     sampling.run(model, latent, callback, levels)
 
 

@@ -269,24 +269,29 @@ def test_window_asks_the_device_once_a_step(studio, pack):
     assert CountedSigmas.reads == 4
 
 
+def make_block(patched):
+    """A function of tokens, time embedding, text, stretch and noise level: the finest level's first block, patched."""
+    block = patched.model.diffusion_model.input_blocks[1][1].transformer_blocks[0]
+    shared = patched.model_options["transformer_options"]
+
+    def run(x, emb, text, stretch, level):
+        place = {"block": ("input", 1), "activations_shape": [2, 32, 16, 16]}
+        options = {**shared, **place, "dha_stretch": stretch, "sigmas": level}
+        for patch in shared["patches"]["emb_patch"]:
+            emb = patch(emb, 32, options)
+        return block(x, context=text, transformer_options=options)
+
+    return run
+
+
 @pytest.mark.parametrize("trained", [False, True], ids=["training-free", "student"])
 def test_a_block_compiles_into_one_graph(studio, student, trained):
     """Within a window, too: whether a step is ours is decided before the UNet is entered.
 
     Grids that move from step to step need no graph of their own.
     """
-    patched = studio.apply(student=student if trained else None, end=0.5)
-    block = patched.model.diffusion_model.input_blocks[1][1].transformer_blocks[0]
-    shared = patched.model_options["transformer_options"]
+    run = make_block(studio.apply(student=student if trained else None, end=0.5))
     x, emb, text = torch.randn(2, 256, 32), torch.randn(2, 128), torch.randn(2, 77, 128)
-
-    def run(x, emb, text, active, level):
-        place = {"block": ("input", 1), "activations_shape": [2, 32, 16, 16]}
-        options = {**shared, **place, "dha_stretch": active, "sigmas": level}
-        for patch in shared["patches"]["emb_patch"]:
-            emb = patch(emb, 32, options)
-        return block(x, context=text, transformer_options=options)
-
     counter = CompileCounter()
     compiled = torch.compile(run, backend=counter, fullgraph=True)
     first, second = torch.tensor([2.0]), torch.tensor([0.7])
@@ -297,3 +302,16 @@ def test_a_block_compiles_into_one_graph(studio, student, trained):
         torch.testing.assert_close(compiled(x, emb, text, None, first), run(x, emb, text, None, first))
         for other in (run(x, emb, text, None, first), run(x, emb, text, 0, second)):
             assert relate(run(x, emb, text, 0, first), other) > 1e-5
+
+
+def test_a_preset_compiles_into_a_graph_for_each_stretch_and_one_for_the_exact_rest(studio, student):
+    settings = {"levels": "auto", "token_budget": 0.0, "start_percent": 0.0, "end_percent": 1.0}
+    run = make_block(studio.call("ApplyDHA", model=studio.model, student=student, preset="balanced", **settings))
+    x, emb, text = torch.randn(2, 256, 32), torch.randn(2, 128), torch.randn(2, 77, 128)
+    counter = CompileCounter()
+    compiled = torch.compile(run, backend=counter, fullgraph=True)
+    with torch.no_grad():
+        for stretch, levels in ((0, (9.0, 3.0)), (1, (1.0, 0.7)), (None, (0.1, 0.05))):
+            for level in map(torch.tensor, ([level] for level in levels)):
+                torch.testing.assert_close(compiled(x, emb, text, stretch, level), run(x, emb, text, stretch, level))
+    assert counter.frame_count == 3

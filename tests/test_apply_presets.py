@@ -58,6 +58,13 @@ def test_an_earlier_end_or_a_later_start_than_the_presets_counts(studio, student
     assert "start_percent 0.9 does not come before the preset's own end" in caplog.text
 
 
+@pytest.mark.parametrize(("start", "end", "counts"), [(0.7, 1.0, (0, 4)), (0.0, 0.7, (12, 5)), (0.3, 0.6, (5, 2))])
+def test_a_window_cuts_a_presets_stretches(studio, student, start, end, counts):
+    """Steps of 24 as above that lie in the first half and in the second."""
+    keys, _ = list_keys(studio, apply_preset(studio, student, "balanced", start, end), steps=24)
+    assert keys == [32] * counts[0] + [64] * counts[1]
+
+
 @pytest.mark.parametrize(("side", "budget", "keys"), [(96, 0.5, {4608}), (72, 1.0, set())])
 def test_a_share_of_the_tokens_has_no_cap(studio, side, budget, keys):
     """At more than 4096 tokens, too; with all of them the layer is left alone."""

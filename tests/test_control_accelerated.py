@@ -69,6 +69,18 @@ def test_the_order_of_dha_and_control_does_not_matter(studio, student, control, 
     assert relate(*drawn) < 1e-5 and relate(drawn[0], whole) > 1e-4
 
 
+def test_where_a_presets_trained_parts_rest_they_rest_in_the_branch_too(studio, student, control, source):
+    settings = {"levels": "auto", "token_budget": 0.0, "start_percent": 0.0, "end_percent": 1.0, "preset": "balanced"}
+    trained, free = (
+        accelerate(studio, control, source, studio.call("ApplyDHA", model=studio.model, student=each, **settings))
+        for each in (student, None)
+    )
+    late = {"steps": 6, "denoise": 0.4}
+    assert torch.equal(studio.draw(trained, **late), studio.draw(free, **late))
+    assert relate(studio.draw(trained, **late), studio.draw(steer(studio, control, source), **late)) > 1e-4
+    assert relate(studio.draw(trained), studio.draw(free)) > 1e-4
+
+
 def test_with_all_tokens_as_keys_it_is_the_steered_model(studio, student, control, source):
     whole = studio.apply(student=student, budget=1.0)
     expected = studio.draw(steer(studio, control, source))

@@ -54,9 +54,14 @@ def test_each_stretch_of_a_preset_is_warmed_up_and_the_exact_rest(measure, prese
     assert [stretch for _, stretch in warmed] == [0, 1, None] == list(dict.fromkeys(stretch for _, stretch in timed))
 
 
-def test_what_begins_behind_the_middle_is_warmed_up_no_earlier(measure):
-    warmed, timed = measure(denoise=0.2, scheduler="normal", steps=20)
-    assert max(level for level, _ in warmed) == timed[0][0] and warmed[-1] == timed[-1]
+@pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m", "sa_solver", "deis"])
+@pytest.mark.parametrize(("denoise", "steps"), [(0.2, 20), (1.0, 4), (0.05, 8)])
+def test_no_level_is_warmed_up_twice(measure, sampler, denoise, steps):
+    """Where a sampling begins behind the middle, too: multistep samplers divide by the way between levels."""
+    warmed, timed = measure(denoise=denoise, scheduler="normal", steps=steps, sampler_name=sampler)
+    levels = [level for level, _ in warmed]
+    assert levels == sorted(set(levels), reverse=True) and len(levels) == 3 < len(timed)
+    assert (warmed[0], warmed[-1]) == (timed[0], timed[-1]) and set(warmed) <= set(timed)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3])

@@ -177,7 +177,7 @@ class ControlComparison:
             times = time_subjects(
                 teacher, [variant.on() for variant in variants], size, 2, args.rounds, precision=args.precision
             )
-            memory = measure_memory(teacher, variants, size, 2)
+            memory = measure_memory(teacher, variants, size, 2, args.precision)
             timed.append({**settings, "size": size, "variants": {n: times[n] | memory[n] for n in times}})
         return timed
 

@@ -99,14 +99,16 @@ def score_task(aspects: Tensor, task: Task) -> dict[str, Tensor]:
 
 
 @torch.inference_mode()
-def measure_memory(teacher: Teacher, variants: list[Variant], size: int, batch: int) -> dict[str, dict[str, int]]:
+def measure_memory(
+    teacher: Teacher, variants: list[Variant], size: int, batch: int, precision: str
+) -> dict[str, dict[str, int]]:
     """Bytes of each variant's own weights, and at the peak of one UNet call beyond all weights; `size` in pixels."""
     generator = torch.Generator().manual_seed(1)
     latents = torch.randn(batch, 4, size // 8, size // 8, generator=generator).to(teacher.device)
     context = torch.randn(batch, 77, teacher.architecture.context, generator=generator).to(teacher.device)
     t, found = torch.full((batch,), 500, device=teacher.device), {}
     for variant in variants:
-        running = Running(teacher, variant.on(), size // 8)
+        running = Running(teacher, variant.on(), size // 8, precision)
         with watch_peak(teacher.device) as peak:
             running.predict(latents, t, context)
         modules = [module for module in (variant.student, variant.branch and variant.branch.fit(teacher)) if module]

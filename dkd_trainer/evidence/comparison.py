@@ -32,7 +32,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--steps", type=int, default=25, help="of Euler's method (%(default)s)")
     add("--cfg", type=float, default=4.0, help="guidance scale (%(default)s)")
     add("--batch", type=int, default=32, help="pictures drawn at once (%(default)s)")
-    add("--precision", choices=PRECISIONS, default="fp32", help="of all UNets, by autocast (%(default)s)")
+    add(
+        "--precision",
+        choices=PRECISIONS,
+        default="fp32",
+        help="of all UNets, by autocast, which casts weights anew (%(default)s)",
+    )
     add("--scorer", type=Path, help="prompt scorer from dkd_trainer.metrics.prompt_score (emoji scenes)")
     add("--clip-weights", type=Path, help="weights for a CLIP score by open_clip; nothing is downloaded")
     add("--clip-model", default="ViT-B-32", help="their architecture as open_clip names it (%(default)s)")

@@ -64,7 +64,7 @@ def spend_stretches(preset: Preset) -> Spending:
     parts = [f"{100 * s.token_budget:.4g} % until {100 * s.end:.4g} %" for s in preset.stretches]
     plain = [", plain" if not s.trained else "" for s in preset.stretches]
     name = "; ".join(a + b for a, b in zip(parts, plain, strict=True))
-    return Spending(name, ", stretches", name.partition(" %")[0], preset)
+    return Spending(name, ", stretches", ", ".join(percent(s.token_budget) for s in preset.stretches), preset)
 
 
 def list_spendings(own: float, budgets: list[float] | None, ends: list[float], more: list[Spending]) -> list[Spending]:

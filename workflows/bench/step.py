@@ -12,7 +12,7 @@ from .contest import Entrant
 from .subjects import Subject
 
 TEXT_TOKENS = 77
-SIGMA = 3.0  # the middle of the sampling; before the end of any preset: the time of a step does not depend on it
+SIGMA = 3.0  # in the first half of the schedule, where every preset is in its first stretch
 CFG = 7.0
 
 

@@ -27,7 +27,7 @@ TITLES = {
     "dha-quality": "DHA, training-free, preset quality",
     "student-fast": f"{STUDENT}, preset fast",
     "student-quality": f"{STUDENT}, preset quality",
-    "dha-quality-late": "DHA, training-free, second half of preset quality",
+    "dha-quality-late": "DHA, training-free, all steps as in the second half of preset quality",
     "kv2-two": "K/V down-sampled by 2, two finest levels",
     "official-0.5": "published DHA, sparsity 0.5, all levels",
     "official-0.1": "published DHA, sparsity 0.1, all levels",

@@ -14,7 +14,9 @@ QUALITY_NOTE = (
 SPEED_NOTE = (
     "Speed: the full-size SD-2.1 architecture with random weights, since the published weights are not part of this "
     "repository. Weights do not change the time of a step; the pictures would be noise and are not drawn. DHA runs "
-    "training-free here (no student file). Timed is the sampler alone: no loading, text encoding or decoding."
+    "training-free here (no student file), at its default preset. Timed is one step of the first half of a sampling, "
+    "the sampler alone: no loading, text encoding or decoding. The preset's later steps have twice the keys, and its "
+    "last ones are the original's."
 )
 MINI_SPEED_NOTE = (
     "The seconds beside the pictures are the mini model's: with 256 tokens self-attention costs next to nothing, so no "
