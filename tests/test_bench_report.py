@@ -1,5 +1,6 @@
 """The bench's report and the shipped figures say what was measured, and wrong options are refused."""
 
+import copy
 import json
 import sys
 
@@ -151,6 +152,20 @@ def test_speed_without_a_student_is_named_so(seconds, said):
     assert list_speeds(document)["fast"] == {"speed": {"512": [4.0, 2.0]}, "training_free": True}
     (note,) = merge({"format": "f", "layers": [], "presets": {}}, [document], {}, "c")["presets"]["notes"]
     assert said in note
+
+
+def test_a_size_that_was_measured_again_takes_the_place_of_the_other_in_its_run():
+    first, again = make_steps(dha_fast=1.0, dha_balanced=2.0), make_steps(dha_fast=2.0, dha_balanced=4.0)
+    large = copy.deepcopy(first["results"][0])
+    first["results"].append({**large, "width": 1024, "height": 1024})
+
+    def list_merged(*documents):
+        return merge({"format": "f", "layers": [], "presets": {}}, list(documents), {}, "c")["presets"]["fast"]["speed"]
+
+    assert list_merged(first) == {"512": [4.0, 2.0], "1024": [4.0, 2.0]}
+    assert list_merged(first, again) == {"512": [2.0, 1.0], "1024": [4.0, 2.0]}
+    other = {**again, "machine": {**again["machine"], "commit": "1"}}
+    assert list_merged(first, other) == {"512": [2.0, 1.0]}, "of another commit: figures of one note are of one code"
 
 
 def test_a_file_of_another_kind_is_no_result_of_the_bench(tmp_path):

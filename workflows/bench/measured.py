@@ -110,16 +110,19 @@ def merge(
 ) -> dict[str, Any]:
     """The file's new content: newly measured layers take the place of the same device's and precision's old ones.
 
-    Speeds of all presets are of one run, which their note names: those of an earlier one go.
+    Speeds of all presets are of one run, or of several that `join_runs`, which their note names: those of an earlier
+    one go.
     """
     tables = {(table["device"], table["dtype"], table["machine"]): table for table in kept["layers"]}
     presets = {key: dict(value) for key, value in kept["presets"].items() if key != "notes"}
     notes = list(kept["presets"].get("notes", []))
+    joined: dict[str, Any] = {}
     for document in documents:
-        table = build_table(document)
+        table, joined = build_table(document), join_runs(joined, document)
         if table["rows"]:
             tables[table["device"], table["dtype"], table["machine"]] = table
-        if speeds := list_speeds(document):
+        if list_speeds(document):
+            speeds = list_speeds(joined)
             others = {name: {k: v for k, v in f.items() if k in PICTURES} for name, f in presets.items()}
             presets = {name: {**others.get(name, {}), **speeds.get(name, {})} for name in {**others, **speeds}}
             notes = [line for line in notes if not line.startswith("Speed:")] + [describe_speed(table, speeds)]
@@ -130,6 +133,20 @@ def merge(
         notes = [line for line in notes if not line.startswith(("Error:", "Pictures:"))] + [note]
     shown = {**order(presets), **({"notes": notes} if notes else {})}
     return {"format": kept["format"], "command": command, "layers": list(tables.values()), "presets": shown}
+
+
+def join_runs(earlier: dict[str, Any], document: dict[str, Any]) -> dict[str, Any]:
+    """A run with the sizes that only an earlier one of the same machine, precision and commit has."""
+
+    def circumstances(run: dict[str, Any]) -> tuple:
+        return name_machine(run["machine"]), run["settings"]["dtype"], run["machine"]["commit"]
+
+    if not earlier or circumstances(earlier) != circumstances(document):
+        return document
+    steps = [result for result in document["results"] if result["kind"] == "step"]
+    sizes = {(result["width"], result["height"]) for result in steps}
+    missing = [result for result in earlier["results"] if (result["width"], result["height"]) not in sizes]
+    return {**document, "results": [*document["results"], *missing]}
 
 
 def order(presets: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
