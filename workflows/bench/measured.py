@@ -89,7 +89,8 @@ def list_speeds(document: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 def pick_speeds(found: dict[str, dict[str, float]], names: list[str]) -> dict[str, list[float]]:
     """Speed-ups of the named subjects by size; sizes at which one was not measured are left out."""
-    return {size: [by[name] for name in names] for size, by in found.items() if all(name in by for name in names)}
+    sizes = sorted((size for size in found if all(name in found[size] for name in names)), key=int)
+    return {size: [found[size][name] for name in names] for size in sizes}
 
 
 def read_pictures(path: Path) -> dict[str, dict[str, float]]:
