@@ -100,7 +100,7 @@ def score_task(aspects: Tensor, task: Task) -> dict[str, Tensor]:
 
 @torch.inference_mode()
 def measure_memory(
-    teacher: Teacher, variants: list[Variant], size: int, batch: int, precision: str
+    teacher: Teacher, variants: list[Variant], size: int, batch: int, precision: str = "fp32"
 ) -> dict[str, dict[str, int]]:
     """Bytes of each variant's own weights, and at the peak of one UNet call beyond all weights; `size` in pixels."""
     generator = torch.Generator().manual_seed(1)
