@@ -308,7 +308,7 @@ def test_a_preset_compiles_into_a_graph_for_each_stretch_and_one_for_the_exact_r
     settings = {"levels": "auto", "token_budget": 0.0, "start_percent": 0.0, "end_percent": 1.0}
     run = make_block(studio.call("ApplyDHA", model=studio.model, student=student, preset="balanced", **settings))
     x, emb, text = torch.randn(2, 256, 32), torch.randn(2, 128), torch.randn(2, 77, 128)
-    torch._dynamo.reset()  # where another preset was compiled before, numbers of keys are symbols that no plan is made of
+    torch._dynamo.reset()  # where another preset was compiled before, numbers of keys are symbols
     counter = CompileCounter()
     compiled = torch.compile(run, backend=counter, fullgraph=True)
     with torch.no_grad():
