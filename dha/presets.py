@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 UNTRAINED_FROM = 0.25  # of the tokens: the second half of a sampling comes out nearer without trained parts
 
@@ -56,8 +57,7 @@ def find_timestep(end: float) -> float:
 
 def mix_steps(ends: Sequence[float], steps: Sequence[float]) -> float:
     """The mean over even steps, those until each of `ends` and then the rest being as `steps` say."""
-    bounds = [0.0, *ends, 1.0]
-    shares = [after - before for before, after in zip(bounds, bounds[1:], strict=False)]
+    shares = [after - before for before, after in pairwise([0.0, *ends, 1.0])]
     return sum(share * step for share, step in zip(shares, steps, strict=True))
 
 

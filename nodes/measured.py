@@ -2,6 +2,7 @@
 
 import json
 import logging
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -58,10 +59,11 @@ def describe_presets(measured: dict[str, Any]) -> str:
 
 def describe_stretches(preset: Preset) -> str:
     """How many tokens answer in a sampling: `12.5 % of the tokens, 1152 at most, from 50 % of the schedule on ...`."""
-    first, *later = preset.stretches
-    words, begin = [f"{100 * first.token_budget:.4g} % of the tokens, {first.max_tokens} at most"], first.end
-    for stretch in later:
+    first = preset.stretches[0]
+    words = [f"{100 * first.token_budget:.4g} % of the tokens, {first.max_tokens} at most"]
+    for before, stretch in pairwise(preset.stretches):
         share = f"{100 * stretch.token_budget:.4g} %, {stretch.max_tokens}"
-        words.append(f"from {100 * begin:.3g} % of the schedule on {share}")
-        begin = stretch.end
-    return ", ".join(words) + (f", in the last {100 * (1 - begin):.3g} % all" if begin < 1 else "")
+        words.append(f"from {100 * before.end:.3g} % of the schedule on {share}")
+    if preset.end < 1:
+        words.append(f"in the last {100 * (1 - preset.end):.3g} % all")
+    return ", ".join(words)

@@ -73,10 +73,10 @@ class Studio:
         (output,) = self.host.call(node_id, **inputs)
         return output
 
-    def apply(self, model=None, student=None, levels="auto", budget=0.125, start=0.0, end=1.0):
-        """Apply DHA with the defaults of the node, by default to the teacher."""
+    def apply(self, model=None, student=None, levels="auto", budget=0.125, start=0.0, end=1.0, **preset):
+        """Apply DHA, by default to the teacher, as a graph without a preset does unless `preset` is given."""
         settings = {"levels": levels, "token_budget": budget, "start_percent": start, "end_percent": end}
-        return self.call("ApplyDHA", model=model or self.model, student=student, **settings)
+        return self.call("ApplyDHA", model=model or self.model, student=student, **settings, **preset)
 
     def write_student(self, name: str, seed: int = 0, architecture=None, config: DHAConfig = TRAINED) -> Path:
         """A student file in ComfyUI's models/dha."""

@@ -305,8 +305,7 @@ def test_a_block_compiles_into_one_graph(studio, student, trained):
 
 
 def test_a_preset_compiles_into_a_graph_for_each_stretch_and_one_for_the_exact_rest(studio, student):
-    settings = {"levels": "auto", "token_budget": 0.0, "start_percent": 0.0, "end_percent": 1.0}
-    run = make_block(studio.call("ApplyDHA", model=studio.model, student=student, preset="balanced", **settings))
+    run = make_block(studio.apply(student=student, preset="balanced"))
     x, emb, text = torch.randn(2, 256, 32), torch.randn(2, 128), torch.randn(2, 77, 128)
     torch._dynamo.reset()  # where another preset was compiled before, numbers of keys are symbols
     counter = CompileCounter()

@@ -14,8 +14,7 @@ PRESETS = [("quality", 0.25, 3), ("balanced", 0.125, 3), ("fast", 0.0625, 2)]  #
 
 
 def apply_preset(studio, student, preset, start=0.0, end=1.0):
-    settings = {"levels": "auto", "token_budget": 0.3, "start_percent": start, "end_percent": end}
-    return studio.call("ApplyDHA", model=studio.model, **settings, student=student, preset=preset)
+    return studio.apply(student=student, budget=0.3, start=start, end=end, preset=preset)
 
 
 def list_keys(studio, model, **settings):

@@ -70,10 +70,8 @@ def test_the_order_of_dha_and_control_does_not_matter(studio, student, control, 
 
 
 def test_where_a_presets_trained_parts_rest_they_rest_in_the_branch_too(studio, student, control, source):
-    settings = {"levels": "auto", "token_budget": 0.0, "start_percent": 0.0, "end_percent": 1.0, "preset": "balanced"}
     trained, free = (
-        accelerate(studio, control, source, studio.call("ApplyDHA", model=studio.model, student=each, **settings))
-        for each in (student, None)
+        accelerate(studio, control, source, studio.apply(student=each, preset="balanced")) for each in (student, None)
     )
     late = {"steps": 6, "denoise": 0.4}
     assert torch.equal(studio.draw(trained, **late), studio.draw(free, **late))

@@ -19,8 +19,7 @@ def measure(studio, student, module):
     """Noise level, and stretch of the preset, of every forward of a model's warm-up and of a run after it."""
 
     def run(preset="quality", **changes):
-        settings = {"levels": "two finest", "token_budget": 0.1, "start_percent": 0.0, "end_percent": 1.0}
-        model = studio.call("ApplyDHA", model=studio.model, student=student, preset=preset, **settings)
+        model = studio.apply(student=student, levels="two finest", preset=preset)
         seen = []
 
         def note(executor, x, timesteps, context, y=None, control=None, options=None, **kwargs):

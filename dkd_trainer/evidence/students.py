@@ -98,7 +98,7 @@ def list_students(
 
 def training_free(levels: tuple[int, ...], spending: Spending) -> Subject:
     """The same context without any training."""
-    config = DHAConfig(levels=levels, token_budget=spending.preset.stretches[0].token_budget)
+    config = DHAConfig(levels=levels)
 
     def build(stretch: Stretch, teacher: Teacher, _side: int) -> dict:
         return student_options(Student(config, teacher.architecture), stretch)

@@ -122,8 +122,7 @@ def merge(
         table, joined = build_table(document), join_runs(joined, document)
         if table["rows"]:
             tables[table["device"], table["dtype"], table["machine"]] = table
-        if list_speeds(document):
-            speeds = list_speeds(joined)
+        if speeds := list_speeds(joined):
             others = {name: {k: v for k, v in f.items() if k in PICTURES} for name, f in presets.items()}
             presets = {name: {**others.get(name, {}), **speeds.get(name, {})} for name in {**others, **speeds}}
             notes = [line for line in notes if not line.startswith("Speed:")] + [describe_speed(table, speeds)]

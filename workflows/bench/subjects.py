@@ -1,8 +1,7 @@
 """What is timed: one SD-2.1 UNet in ComfyUI's hands, and the patched clones of it that share its weights."""
 
-import dataclasses
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -88,7 +87,7 @@ def patch_dha(model, preset: str = "custom", student=None, budget: float = 0.125
 
 def patch_stretch(model, stretch):
     """Training-free, all steps as in one stretch of a preset."""
-    preset = import_from_pack("dha.presets").Preset((dataclasses.replace(stretch, end=1.0),))
+    preset = import_from_pack("dha.presets").Preset((replace(stretch, end=1.0),))
     return import_from_pack("nodes.apply").apply_student(model, None, None, preset, 0.0, 1.0)
 
 
