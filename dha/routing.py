@@ -43,13 +43,22 @@ def plan_context(
 
     `budget` is a share of the tokens, capped at `max_tokens` keys. Without a router (`routed` false) the grid gets all.
     """
+    height, width = specialise(height), specialise(width)
     tokens = height * width
-    keys = max(1, min(round(budget * tokens), max_tokens, tokens))
+    keys = specialise(max(1, min(round(budget * tokens), max_tokens, tokens)))
     allowance = keys * coarse_share if routed else keys
     if allowance < 1:
         return ContextPlan(height, width, (0, 0), keys)
     plan = ContextPlan(height, width, choose_strides(height, width, int(allowance)), 0)
     return replace(plan, chosen=keys - plan.coarse) if routed else plan
+
+
+def specialise(number: int) -> int:
+    """The same number; to torch.compile a constant, where numbers that have changed before are symbols.
+
+    No plan can be made of symbols, so that each size and each number of keys has a graph of its own.
+    """
+    return len(range(number))
 
 
 def choose_strides(height: int, width: int, most: int) -> tuple[int, int]:

@@ -269,13 +269,13 @@ def test_window_asks_the_device_once_a_step(studio, pack):
     assert CountedSigmas.reads == 4
 
 
-def make_block(patched):
+def make_block(patched, height=16, width=16):
     """A function of tokens, time embedding, text, stretch and noise level: the finest level's first block, patched."""
     block = patched.model.diffusion_model.input_blocks[1][1].transformer_blocks[0]
     shared = patched.model_options["transformer_options"]
 
     def run(x, emb, text, stretch, level):
-        place = {"block": ("input", 1), "activations_shape": [2, 32, 16, 16]}
+        place = {"block": ("input", 1), "activations_shape": [2, 32, height, width]}
         options = {**shared, **place, "dha_stretch": stretch, "sigmas": level}
         for patch in shared["patches"]["emb_patch"]:
             emb = patch(emb, 32, options)
@@ -304,14 +304,20 @@ def test_a_block_compiles_into_one_graph(studio, student, trained):
             assert relate(run(x, emb, text, 0, first), other) > 1e-5
 
 
-def test_a_preset_compiles_into_a_graph_for_each_stretch_and_one_for_the_exact_rest(studio, student):
-    run = make_block(studio.apply(student=student, preset="balanced"))
-    x, emb, text = torch.randn(2, 256, 32), torch.randn(2, 128), torch.randn(2, 77, 128)
-    torch._dynamo.reset()  # where another preset was compiled before, numbers of keys are symbols
-    counter = CompileCounter()
-    compiled = torch.compile(run, backend=counter, fullgraph=True)
-    with torch.no_grad():
-        for stretch, levels in ((0, (9.0, 3.0)), (1, (1.0, 0.7)), (None, (0.1, 0.05))):
-            for level in map(torch.tensor, ([level] for level in levels)):
-                torch.testing.assert_close(compiled(x, emb, text, stretch, level), run(x, emb, text, stretch, level))
-    assert counter.frame_count == 3
+@pytest.mark.parametrize("trained", [False, True], ids=["training-free", "student"])
+def test_a_preset_compiles_into_a_graph_for_each_stretch_and_one_for_the_exact_rest(studio, student, trained):
+    """With another preset or size before it, too: numbers that have changed are symbols to the compiler."""
+    emb, text = torch.randn(2, 128), torch.randn(2, 77, 128)
+    torch._dynamo.reset()  # it compiles a function eight times at most
+    for preset, height, width in (("quality", 16, 16), ("balanced", 24, 16)):
+        patched = studio.apply(student=student if trained else None, preset=preset)
+        run, x = make_block(patched, height, width), torch.randn(2, height * width, 32)
+        counter = CompileCounter()
+        compiled = torch.compile(run, backend=counter, fullgraph=True)
+        with torch.no_grad():
+            for stretch, levels in ((0, (9.0, 3.0)), (1, (1.0, 0.7)), (None, (0.1, 0.05))):
+                for level in map(torch.tensor, ([level] for level in levels)):
+                    torch.testing.assert_close(
+                        compiled(x, emb, text, stretch, level), run(x, emb, text, stretch, level)
+                    )
+        assert counter.frame_count == 3
