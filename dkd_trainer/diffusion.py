@@ -16,6 +16,11 @@ def alphas_cumprod(device: torch.device = CPU) -> torch.Tensor:
         return (1 - betas).cumprod(0).float().to(device)
 
 
+def signal_power(t: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """a_t (B, 1, 1, 1) of integer timesteps t (B,), on the device of `like`; looked up where t is."""
+    return alphas_cumprod(t.device)[t].view(-1, 1, 1, 1).to(like.device)
+
+
 def noise_levels(t: torch.Tensor) -> torch.Tensor:
     """Sigmas (B,) of integer timesteps t (B,), as ComfyUI counts noise: sqrt((1 - a_t) / a_t)."""
     a = alphas_cumprod(t.device)[t.long()]
@@ -24,7 +29,7 @@ def noise_levels(t: torch.Tensor) -> torch.Tensor:
 
 def add_noise(latents: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
     """x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) e, all (B, 4, h, w); t (B,) integers."""
-    a = alphas_cumprod()[t].view(-1, 1, 1, 1).to(latents.device)
+    a = signal_power(t, latents)
     return a.sqrt() * latents + (1 - a).sqrt() * noise
 
 
@@ -38,7 +43,7 @@ def training_target(latents: torch.Tensor, noise: torch.Tensor, t: torch.Tensor,
     """What the model should predict: the noise (`eps`) or v = sqrt(a) e - sqrt(1 - a) x_0 (arXiv 2202.00512)."""
     if kind == "eps":
         return noise
-    a = alphas_cumprod()[t].view(-1, 1, 1, 1).to(latents.device)
+    a = signal_power(t, latents)
     return a.sqrt() * noise - (1 - a).sqrt() * latents
 
 
@@ -46,7 +51,7 @@ def to_noise(prediction: torch.Tensor, noisy: torch.Tensor, t: torch.Tensor, kin
     """The noise that a prediction of either kind implies, all (B, 4, h, w)."""
     if kind == "eps":
         return prediction
-    a = alphas_cumprod()[t].view(-1, 1, 1, 1).to(noisy.device)
+    a = signal_power(t, noisy)
     return a.sqrt() * prediction + (1 - a).sqrt() * noisy
 
 

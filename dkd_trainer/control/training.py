@@ -52,7 +52,7 @@ class ControlStage(Stage):
         name = student.config.band
         band = filter_band(batch.latents, name, seed=batch.seed)
         found = teacher.predict(batch.noisy, batch.t, batch.context, student.as_options(band, checkpointing))
-        target = training_target(batch.latents, batch.noise, batch.t.cpu(), teacher.prediction)
+        target = training_target(batch.latents, batch.noise, batch.t, teacher.prediction)
         return {"noise": F.mse_loss(found, target), "band": band_error(found - target, name)}
 
 

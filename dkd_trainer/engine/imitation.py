@@ -72,7 +72,7 @@ def imitation_losses(
         mixed = [mix_guidance(each, scales) for each in predictions]
         losses["output"] = joint_error(mixed, mix_guidance(target, scales), spread)
     if "noise" in terms:
-        truth = training_target(batch.latents, batch.noise, batch.t.cpu(), teacher.prediction)
+        truth = training_target(batch.latents, batch.noise, batch.t, teacher.prediction)
         losses["noise"] = relative_error(prediction[: len(batch)], truth)
     if "blocks" in terms:
         losses["blocks"] = mean_error(imitated.blocks, shown.blocks)

@@ -54,7 +54,7 @@ def draw_latents(teacher: Teacher, running: Running, held_out: HeldOut, sampling
         def predict(x, t, both=both):
             doubled, times = torch.cat([x, x]), torch.cat([t, t])
             prediction = running.predict(doubled, times.to(x.device), both)
-            cond, empty = to_noise(prediction, doubled, times.cpu(), teacher.prediction).chunk(2)
+            cond, empty = to_noise(prediction, doubled, times, teacher.prediction).chunk(2)
             return empty + sampling.cfg * (cond - empty)
 
         noisy = noise[start : start + sampling.batch].to(teacher.device)
