@@ -77,7 +77,8 @@ class ApplyDHA(io.ComfyNode):
                 DHA_STUDENT.Input(
                     "student",
                     optional=True,
-                    tooltip="From Load DHA Student. Without it the model is sped up untrained, less exactly.",
+                    tooltip="From Load DHA Student. Without it the model is sped up untrained: less exactly with fast "
+                    "and balanced, as exactly with quality.",
                 ),
                 # Optional: a graph in API format that names a token_budget and no preset gets its budget.
                 io.Combo.Input(

@@ -89,8 +89,8 @@ class DKDTrain(io.ComfyNode):
                     max=1.0,
                     step=0.005,
                     optional=True,
-                    tooltip="Share of the tokens that answer, around which the student is trained. 0: as the preset "
-                    "says.",
+                    tooltip="Share of the tokens that are looked at, around which the student is trained. 0: as "
+                    "the preset says.",
                 ),
                 io.Combo.Input(
                     "levels",

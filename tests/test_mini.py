@@ -43,7 +43,10 @@ def test_training_goes_on_from_a_checkpoint_alone(studio, tmp_path):
     checkpoint, work = tmp_path / "mini.safetensors", tmp_path / "work"
     save_file(load_file(studio.checkpoint), checkpoint, metadata={"training": '{"steps": 7}'})
     work.mkdir()
-    assert start_from(checkpoint, work) == 7
+    with pytest.raises(ValueError, match="trained for 7 steps; give --steps above"):
+        start_from(checkpoint, work, 7)
+    assert not list(work.iterdir())
+    assert start_from(checkpoint, work, 8) == 7
     MiniTeacher().load_state_dict(load_state(work / "teacher.pt")["model"])
     with pytest.raises(FileExistsError, match="leave out --start"):
-        start_from(checkpoint, work)
+        start_from(checkpoint, work, 8)

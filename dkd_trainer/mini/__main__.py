@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from ..host import SHIPPED_TEACHER, ensure_comfy
+from ..host import ensure_comfy
 from .emoji import GROUPS
 
 
@@ -27,7 +27,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--steps", type=int, default=6500, help="UNet steps of 64 scenes; a larger number goes on from the last state"
     )
-    parser.add_argument("--out", type=Path, default=SHIPPED_TEACHER, help="checkpoint to write, or folder of the pairs")
+    parser.add_argument("--out", type=Path, required=True, help="checkpoint to write, or folder of the pairs")
     parser.add_argument("--start", type=Path, help="a finished checkpoint to go on from, where its states are lost")
     parser.add_argument(
         "--groups", nargs="+", choices=list(GROUPS), default=list(GROUPS), help="what to draw; may grow later"
@@ -88,7 +88,7 @@ def main() -> None:
         from .export import start_from
 
         if args.start:
-            print(f"going on from {args.start.name}, step {start_from(args.start, args.work)}")
+            print(f"going on from {args.start.name}, step {start_from(args.start, args.work, args.steps)}")
         from .autoencoder import train_autoencoder
         from .teacher import train_teacher
 
@@ -101,5 +101,5 @@ if __name__ == "__main__":
         main()
     except KeyboardInterrupt:
         sys.exit("stopped; the same command goes on from here")
-    except (FileNotFoundError, FileExistsError, RuntimeError) as error:
+    except (FileNotFoundError, FileExistsError, ValueError, RuntimeError) as error:
         sys.exit(f"dkd_trainer.mini: {error}")

@@ -97,16 +97,18 @@ def save_checkpoint(
     os.replace(partial, path)
 
 
-def start_from(path: Path, work: Path) -> int:
+def start_from(path: Path, work: Path, steps: int) -> int:
     """Put a checkpoint into `work` as states that training goes on from, optimisers fresh; returns its step.
 
-    Raises FileExistsError when `work` holds a training already.
+    Raises FileExistsError when `work` holds a training already, ValueError when it has its `steps` behind it.
     """
     if (work / "teacher.pt").exists():
         raise FileExistsError(f"{work} holds a training already; leave out --start to go on with it")
     unet, text, autoencoder = split_checkpoint(path)
     with safe_open(path, "pt") as file:
         step = json.loads(file.metadata()["training"])["steps"]
+    if step >= steps:
+        raise ValueError(f"{path.name} was trained for {step} steps; give --steps above that, found {steps}")
     model = {f"unet.{n}": t for n, t in unet.items()} | {f"text.{n}": t for n, t in text.items()}
     save_state(work / "autoencoder.pt", {"model": autoencoder, "step": 10**9})
     fresh = {"step": step, "best": float("inf"), "groups": []}
