@@ -94,7 +94,8 @@ def load_control(path: Path) -> ControlFile:
             f"{path.name}: its description cannot be read ({shorten(error)}); it is damaged or comes from another "
             "program: get the file again"
         ) from error
-    plain = {name.removeprefix(PREFIX): tensor for name, tensor in weights.items()}
+    # copies: a file that stays mapped cannot be replaced on Windows, nor safely overwritten elsewhere
+    plain = {name.removeprefix(PREFIX): tensor.clone() for name, tensor in weights.items()}
     teacher = metadata.get("teacher", "unknown")
     return ControlFile(config, architecture, plain, teacher, metadata["prediction"], training)
 

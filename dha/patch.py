@@ -170,7 +170,7 @@ def make_patches(
                 raise refuse_parts(n, options)
             options[STATE] = Call(module, output=module(n, emb))
             return n, context[:, :1], value[:, :1]
-        if not whole:
+        if not whole or value is not context:  # a hypernetwork's keys and values are not of the same tokens
             return n, context, value
         height, width = options["activations_shape"][-2:]
         number = numbers[block]

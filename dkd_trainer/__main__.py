@@ -105,7 +105,7 @@ def read_settings(args: argparse.Namespace) -> Settings:
 def train(settings: Settings, dry_run: bool) -> None:
     """Load teacher and data and train, or try it."""
     from .control.pair import PairTraining
-    from .data.batches import open_pairs
+    from .data.batches import open_sources
     from .engine.loop import Training
     from .engine.occupancy import occupy
     from .engine.processes import Processes
@@ -118,10 +118,7 @@ def train(settings: Settings, dry_run: bool) -> None:
         return rehearse(Teacher(settings.teacher_file, processes.device), settings, processes, kind)
     with occupy(settings.work, processes):
         teacher = Teacher(settings.teacher_file, processes.device)
-        corpora = [
-            open_pairs(source, teacher, settings, not processes.is_first) if source else None
-            for source in (settings.data.path, settings.data.held_out)
-        ]
+        corpora = open_sources(teacher, settings, not processes.is_first)
         if processes.is_first:
             print(f"{corpora[0].describe()}; {teacher.architecture.label}, {teacher.prediction} prediction")
         kind(teacher, corpora[0], settings, processes, corpora[1]).run()

@@ -56,6 +56,7 @@ class Teacher:
     """
 
     def __init__(self, path: Path, device: torch.device):
+        import comfy.model_management
         import comfy.sd
 
         from dha.checkpoint import fingerprint
@@ -65,6 +66,8 @@ class Teacher:
         if not path.is_file():
             raise FileNotFoundError(f"the teacher {path} does not exist; give an SD-2.x checkpoint with --teacher")
         self.model, self.clip, self.vae, _ = comfy.sd.load_checkpoint_guess_config(str(path))
+        # On a GPU with more free memory than the computer the UNet is there by now, and would leave it with the others.
+        comfy.model_management.unload_all_models()
         self.device = device
         # In fp32, though the host may have rounded them to fp16 for a GPU: autocast lowers what is computed, not them.
         self.unet = self.model.model.diffusion_model.to(device).float().eval().requires_grad_(False)

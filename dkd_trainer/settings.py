@@ -42,7 +42,8 @@ class DataSettings:
     """Where the pairs are, as `corpus.open_corpus` takes them, and how they are cut.
 
     `size` is the side of the pictures in pixels. With `max_ratio` above 1 other shapes of that area count too, their
-    sides multiples of `bucket_step`. `min_side` 0 means half of `size`. `held_out` is a source for validation alone,
+    sides multiples of `bucket_step`. `min_side` 0 means half of `size`. `limit` takes the first pairs alone, 0 takes
+    all: each is encoded before the first step. `held_out` is a source for validation alone,
     `cache` (in the work folder if empty) keeps what was encoded. `draw_*` is for prompts without pictures.
     """
 
@@ -51,6 +52,7 @@ class DataSettings:
     max_ratio: float = real(1.0, 1.0, 8.0)
     bucket_step: int = whole(64, 8)
     min_side: int = whole(0)
+    limit: int = whole(0)
     held_out: str = text()
     cache: str = text()
     draw_steps: int = whole(25, 1)

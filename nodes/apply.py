@@ -142,8 +142,8 @@ def apply_student(model, loaded: LoadedStudent | None, levels, spending: Preset,
     patches = make_patches(student, attend, spending.stretches, levels, skip=frozenset(taken), pays=pays, **asked)
     install(patched, patches)
     if pays is not None and is_hybrid:
-        planner = Planner(student, spending.stretches[0], pays)
-        patched.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, say_if_nothing_pays(planner))
+        say = say_if_nothing_pays(student, spending.stretches[0], pays)
+        patched.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, say)
     attributes = student.list_attributes(patches.blocks)
     set_attributes(patched, attributes, is_windowed)
     patched.model_options["transformer_options"][KEY] = student.config.to_json()
@@ -156,10 +156,8 @@ def apply_student(model, loaded: LoadedStudent | None, levels, spending: Preset,
 
 def install(patched, patches: Patches) -> None:
     """Put a student's callables into a model patcher."""
-    patched.set_model_emb_patch(patches.emb)
-    patched.set_model_attn1_patch(patches.attn1)
-    patched.set_model_attn1_output_patch(patches.output)
-    patched.set_model_patch(patches.middle, "middle_patch")
+    for name, (patch,) in patches.as_options()["patches"].items():
+        patched.set_model_patch(patch, name)
     for kind, number in patches.blocks:
         patched.set_model_attn1_replace(patches.replace, kind, number)
 
@@ -222,15 +220,16 @@ def ask_ahead(patched, question: Callable[[dict], int | None], key: str) -> Call
     return lambda options: options.get(place, 0)
 
 
-def say_if_nothing_pays(planner: Planner) -> Callable:
+def say_if_nothing_pays(student: Student, stretch: Stretch, pays: Callable[[int, int, int], bool]) -> Callable:
     """A wrapper of whole samplings: a user whose picture is too small for a gain is told, and what to do about it."""
-    student = planner.student
+    wanted, paying = Planner(student, stretch), Planner(student, stretch, pays)
     channels = {site.level: student.architecture.channels[site.name] for site in student.list_sites()}
 
     def say(executor, noise, *args, **kwargs):
         height, width = noise.shape[-2:]
-        sides = {level: (-(-height >> level), -(-width >> level)) for level in channels}
-        if not any(planner.plan(*sides[level], channels[level]) for level in channels):
+        layers = [(-(-height >> level), -(-width >> level), width_of) for level, width_of in channels.items()]
+        shortened, faster = (any(planner.plan(*layer) for layer in layers) for planner in (wanted, paying))
+        if shortened and not faster:
             logging.info(
                 "Apply DHA: at %dx%d no layer is known to get faster on this device, so nothing changes. Draw a larger "
                 "picture, or set levels to 'two finest' to try.",

@@ -30,6 +30,7 @@ def describe_run(model, sampling: Sampling, samples: torch.Tensor, repeats: int)
         "cfg": sampling.cfg,
         "sampler": sampling.sampler_name,
         "scheduler": sampling.scheduler,
+        "denoise": sampling.denoise,
         "seed": sampling.seed,
         "repeats": repeats,
         "device": str(model.load_device),

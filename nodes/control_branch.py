@@ -46,8 +46,7 @@ def build_branch(model, name: str, control: ControlFile) -> comfy.model_patcher.
     """A control branch of ComfyUI's own UNet layers with a file's weights."""
     base = read_base(model)
     architecture = read_architecture(base)
-    device = comfy.model_management.get_torch_device()
-    dtype = torch.float16 if comfy.model_management.should_use_fp16(device) else torch.float32
+    dtype = torch.float16 if comfy.model_management.should_use_fp16(model.load_device) else torch.float32
     config = {**model.model.model_config.unet_config, "dtype": dtype, "device": "meta", "in_channels": LATENT_CHANNELS}
     config.pop("disable_unet_model_creation", None)
     operations = comfy.ops.manual_cast
@@ -60,7 +59,7 @@ def build_branch(model, name: str, control: ControlFile) -> comfy.model_patcher.
         {k: v.to("cpu", dtype) for k, v in merge_weights(base, control.weights).items()}, assign=True
     )
     branch.eval().requires_grad_(False)
-    return comfy.model_patcher.ModelPatcher(branch, device, comfy.model_management.unet_offload_device())
+    return comfy.model_patcher.ModelPatcher(branch, model.load_device, model.offload_device)
 
 
 def read_base(model) -> dict[str, torch.Tensor]:
@@ -121,6 +120,7 @@ def make_steering(branch: FCNet, hint: Hint, strength: float, clock, accelerate:
             own |= options[PATCHES].as_options()
         latents = x[:, :LATENT_CHANNELS]
         embedded = hint.embed(branch, latents, len(x) // halves).repeat(halves)
-        return [pair.scale(strength) for pair in branch(latents, embedded, timesteps, context, own)]
+        pairs = branch(latents, embedded, timesteps, context, own)
+        return [pairs.pop(0).scale(strength) for _ in range(len(pairs))]  # one by one: together they are large
 
     return steer

@@ -59,7 +59,8 @@ def collect_weights(model, clip, vae) -> dict[str, torch.Tensor]:
     """The weights of a checkpoint as ComfyUI's CheckpointSave writes them, patches applied."""
     models = [model, clip.load_model()]
     texts, pictures = clip.get_sd(), vae.get_sd()
-    comfy.model_management.load_models_gpu(models, force_patch_weights=True)
+    # whole: layers that stay on the processor get their LoRAs there, rounded otherwise, and the run another name
+    comfy.model_management.load_models_gpu(models, force_patch_weights=True, force_full_load=True)
     return model.model.state_dict_for_saving(texts, pictures)
 
 

@@ -90,6 +90,8 @@ def test_a_picture_for_which_auto_knows_no_gain_is_said(studio, student, pack, m
     caplog.set_level(logging.INFO)
     small = studio.draw(studio.apply(student=student))
     assert caplog.text.count("at 128x128 no layer is known to get faster") == 1
+    studio.draw(studio.apply(budget=1.0))
+    assert caplog.text.count("no layer is known") == 1, "where each token looks at all nothing was to be faster"
     assert torch.equal(small, studio.draw())
     caplog.clear()
     studio.draw(studio.apply(student=student, levels="finest"))

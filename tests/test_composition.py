@@ -225,3 +225,20 @@ def test_published_students_refuse_parts_of_a_picture(studio, undisturbed, order
     with pytest.raises(RuntimeError, match="tiled or merged the tokens.*bypass HyperTile or ToMe"):
         studio.draw(model)
     assert torch.equal(studio.draw(), undisturbed)
+
+
+def test_layers_whose_values_are_not_of_their_keys_tokens_stay_as_they_are(studio):
+    """A hypernetwork in front of Apply DHA changes keys and values each in its own way; behind it, short ones."""
+
+    def stretch(n, context, value, _options):
+        return n, 1.3 * context, 0.7 * value
+
+    def add(model):
+        patched = model.clone()
+        patched.set_model_attn1_patch(stretch)
+        return patched
+
+    alone = studio.draw(add(studio.model))
+    assert torch.equal(studio.draw(studio.apply(add(studio.model))), alone)
+    behind = studio.draw(add(studio.apply()))
+    assert not torch.equal(behind, alone) and not torch.equal(behind, studio.draw(studio.apply()))

@@ -1,6 +1,7 @@
 """The bench shares its time out, goes on where something fails, and plans what was asked for."""
 
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,10 +11,11 @@ pytest.importorskip("aiohttp", reason="the bench drives ComfyUI, whose aiohttp i
 pytest.importorskip("PIL", reason="the bench draws a chart with Pillow, which is not installed")
 
 from workflows.bench.contest import Entrant, Forecast, PairCounter, Record, hold_contest, share_time, time_lap
+from workflows.bench.model import import_from_pack
 from workflows.bench.report import Result, Run, summarise
 from workflows.bench.schedule import PARTS, plan_tasks
 from workflows.bench.step import Size
-from workflows.bench.subjects import TITLES, is_wanted
+from workflows.bench.subjects import TITLES, choose_levels, is_wanted
 
 CPU = torch.device("cpu")
 
@@ -113,3 +115,12 @@ def test_every_part_is_planned_for_the_sizes_and_batches_asked_for(part):
 def test_subjects_are_chosen_by_name_or_family():
     chosen = [name for name in TITLES if is_wanted(name, ["dha-fast", "official"])]
     assert chosen == ["unpatched", "dha-fast", "official-0.5", "official-0.1"]
+
+
+def test_where_no_layers_were_measured_presets_are_timed_at_both_finest_levels(monkeypatch):
+    """`auto` would leave most layers there as they are, and the original would be timed under DHA's name."""
+    measured, model = import_from_pack("nodes.measured"), SimpleNamespace(load_device=torch.device("cpu"))
+    monkeypatch.setattr(measured, "find_precision", lambda _model: torch.bfloat16)
+    assert choose_levels(model) == "auto"
+    model.load_device = torch.device("mps")
+    assert choose_levels(model) == "two finest"

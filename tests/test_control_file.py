@@ -48,6 +48,16 @@ def test_round_trip(tmp_path):
     assert all(torch.equal(loaded.weights[name], weights[name].half()) for name in weights)
 
 
+def test_a_loaded_control_has_let_go_of_its_file(tmp_path):
+    """One that stays mapped could not be replaced on Windows, and writing over it changes or ends who reads it."""
+    path = write(tmp_path / "c.safetensors", weights={"hint_add.bias": torch.ones(5)})
+    loaded = load_control(path)
+    with path.open("r+b") as file:
+        file.seek(-10, 2)
+        file.write(b"\0" * 10)
+    assert torch.equal(loaded.weights["hint_add.bias"], torch.ones(5).half())
+
+
 def test_a_file_from_before_there_was_external_attention_is_one_of_self_attention(tmp_path):
     path = write(tmp_path / "old.safetensors", config=json.dumps({"band": "mid", "rank": 2}))
     assert load_control(path).config == ControlConfig("mid", 2, "self", 32)

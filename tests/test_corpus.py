@@ -99,6 +99,27 @@ def test_a_second_opening_encodes_nothing(pairs, teacher, corpus):
     assert_same(again, corpus)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="names of files are text on this system")
+def test_names_that_are_no_utf8_come_from_old_archives_and_are_read(teacher, tmp_path):
+    folder = tmp_path / os.fsdecode(b"caf\xe9s")
+    for number in range(2):
+        write_pair(folder, number)
+    for suffix in (".png", ".txt"):
+        (folder / f"001{suffix}").rename(folder / f"{os.fsdecode(bytes([0xE9]))}{suffix}")
+    (folder / "001b.png").write_bytes(b"broken")
+    (folder / "001b.txt").write_text("a broken one", encoding="utf-8")
+    first, again = (open_pairs(folder, teacher, tmp_path / "cache") for _ in range(2))
+    assert (len(first), first.made, len(again), again.made) == (2, 2, 2, 0)
+
+
+def test_the_first_pairs_alone_are_encoded_where_a_run_says_so(pairs, teacher, tmp_path, make_settings):
+    from dkd_trainer.data.batches import open_sources
+
+    settings = make_settings(data__path=str(pairs), data__held_out=str(pairs), data__limit=2, data__size=64)
+    corpus, held_out = open_sources(teacher, settings, quiet=True)
+    assert (len(corpus), len(held_out)) == (2, len(held_out)) and len(held_out) > 2
+
+
 def test_batches_of_one_bucket_only(pairs, teacher, tmp_path):
     for number, shape in enumerate([(80, 80), (120, 80), (80, 120), (121, 80)]):
         write_pair(tmp_path / "pairs", number, shape)

@@ -273,6 +273,7 @@ def test_a_dry_run_says_what_to_expect_and_leaves_nothing(command, tmp_path):
         "latents (4, 4, 16, 16): 4 pairs",
         "trainable parameters in 5 layers",
         "teacher alone",
+        "encoding, once: 4 pairs",
         "time to finish",
     ):
         assert part in output

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -269,6 +270,7 @@ def test_the_dry_run_tries_the_pair(make_settings, teacher, corpus, monkeypatch,
     from dkd_trainer.engine.processes import Processes
 
     monkeypatch.setattr(rehearsal, "open_pairs", lambda *_: corpus)
+    monkeypatch.setattr(rehearsal, "list_source", lambda *_: SimpleNamespace(pairs=range(len(corpus))))
     settings = make_settings(imitation__control=0.5)
     rehearsal.rehearse(teacher, settings, Processes(settings.train), PairTraining)
     assert "imitation: 3 steps" in (told := capsys.readouterr().out) and "control 0." in told

@@ -66,6 +66,25 @@ def test_an_inpainting_checkpoint_is_refused_when_it_is_loaded(studio, tmp_path)
         Teacher(tmp_path / "inpainting.safetensors", torch.device("cpu"))
 
 
+def test_a_unet_that_the_host_has_put_on_a_gpu_stays_where_the_trainer_puts_it(studio, monkeypatch):
+    """With more free memory there than in the computer the host does so, and would take it off again."""
+    import comfy.model_management
+    import comfy.sd
+
+    from dkd_trainer.host import Teacher
+
+    load = comfy.sd.load_checkpoint_guess_config
+
+    def load_onto_device(path):
+        found = load(path)
+        comfy.model_management.load_models_gpu([found[0]], force_full_load=True)
+        return found
+
+    monkeypatch.setattr(comfy.sd, "load_checkpoint_guess_config", load_onto_device)
+    teacher = Teacher(studio.checkpoint, torch.device("cpu"))
+    assert teacher.model.model not in [kept.real_model() for kept in comfy.model_management.current_loaded_models]
+
+
 def test_code_in_a_ckpt_is_not_run(tmp_path):
     from dkd_trainer.host import Teacher
 

@@ -76,7 +76,7 @@ def check_name(path: Path) -> None:
 
 def train(settings: ControlSettings) -> None:
     """Load teacher and data and train."""
-    from ..data.batches import open_pairs
+    from ..data.batches import open_sources
     from ..engine.occupancy import occupy
     from ..engine.processes import Processes
     from ..host import Teacher
@@ -85,10 +85,7 @@ def train(settings: ControlSettings) -> None:
     processes = Processes(settings.train)
     with occupy(settings.work, processes):
         teacher = Teacher(settings.teacher_file, processes.device)
-        corpus, held_out = (
-            open_pairs(source, teacher, settings, not processes.is_first) if source else None
-            for source in (settings.data.path, settings.data.held_out)
-        )
+        corpus, held_out = open_sources(teacher, settings, not processes.is_first)
         train_control(teacher, corpus, settings, processes, held_out)
     if processes.is_first:
         print(f"wrote {settings.out} ({settings.out.stat().st_size:,} bytes)")

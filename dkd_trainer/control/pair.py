@@ -56,7 +56,7 @@ class PairTraining(Training):
         return [PairStage(s.name, s.first, s.settings, controls=self.controls) for s in super().list_stages()]
 
     def describe(self) -> dict[str, Any]:
-        return {**super().describe(), "pair": self.controls.describe()}
+        return {**super().describe(), "pair": self.controls.description}
 
     def make_examination(self, corpus: Corpus, picks: list[int]) -> Examination:
         return PairExamination(self.teacher, corpus, picks, self.settings.watch, self.controls)

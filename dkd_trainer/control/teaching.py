@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Collection, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +41,9 @@ class Controls:
         """The control of a batch's step; all count the same."""
         return self.branches[batch.seed % len(self.branches)]
 
-    def describe(self) -> dict[str, Any]:
-        """What a state must agree with, without paths."""
+    @cached_property
+    def description(self) -> dict[str, Any]:
+        """What a state must agree with, without paths; the files are hashed once, not at each save."""
         controls = [
             {"band": branch.band, "rank": branch.control.config.rank, "weights": hash_weights(branch.control.weights)}
             for branch in self.branches

@@ -55,6 +55,13 @@ def open_pairs(source: str, teacher: Teacher, settings: Settings, quiet: bool = 
     return corpus
 
 
+def open_sources(teacher: Teacher, settings: Settings, quiet: bool = False):
+    """The corpora of a run: what it learns from, and the held-out one or None; raises DataError."""
+    data = settings.data
+    corpus = open_pairs(data.path, teacher, settings, quiet, data.limit or None)
+    return corpus, open_pairs(data.held_out, teacher, settings, quiet) if data.held_out else None
+
+
 @dataclass(frozen=True)
 class Draw:
     """A step's choices for the whole batch: samples, timesteps t (B,), which prompts are dropped, key budget."""
@@ -124,7 +131,7 @@ class Sampler:
         t = draw.t[part]
         tensors = (latents, noise, add_noise(latents, noise, t), t, context, self.corpus.empty.float())
         moved = [tensor.to(device) for tensor in (*tensors, draw.guidance[part])]
-        return Batch(*moved, budget=draw.budget, seed=seed * 1_000_003 + draw.step)
+        return Batch(*moved, budget=draw.budget, seed=(seed * 1_000_003 + draw.step) % 2**63)
 
 
 def seeded(seed: int, step: int, place: int) -> torch.Generator:

@@ -16,7 +16,7 @@ from .drawing import Drawing
 from .encoder import Effort, Encoded, Encoder, read_empty
 from .pairs import list_source
 from .pictures import cut_picture, decode_picture
-from .source import DataError, Listing, Pair, Skip, count_reasons
+from .source import DataError, Listing, Pair, Skip, count_reasons, name_source
 
 
 class Corpus:
@@ -149,8 +149,7 @@ def encode_listing(
 
 def write_report(folder: Path, corpus: Corpus) -> Path | None:
     """Everything that was skipped, by reason, as a text file in the cache; None when there is nothing."""
-    name = hashlib.sha256(str(Path(corpus.source).resolve()).encode()).hexdigest()[:8]
-    path = folder / f"skipped-{name}.txt"
+    path = folder / f"skipped-{name_source(corpus.source)}.txt"
     if not corpus.skipped:
         path.unlink(missing_ok=True)
         return None

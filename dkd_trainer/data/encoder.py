@@ -1,7 +1,6 @@
 """Brings pairs into the cache: which tensors they need, where those are kept, what was refused."""
 
 import contextlib
-import hashlib
 import os
 from collections.abc import Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -17,7 +16,7 @@ from .cache import Reader, Store, make_key, wait_for
 from .drawing import Drawing, Sketch, draw_latents, plan_seeds
 from .frames import Frame, check_finite, encode_pictures, frame_picture, look_at_all, split
 from .ledger import Ledger, Look
-from .source import CHANGED, DataError, Listing, Pair, Refused, Skip
+from .source import CHANGED, DataError, Listing, Pair, Refused, Skip, name_source
 
 RECIPE = "covered, middle, lanczos, transparency on white"  # a picture's latent depends on it; change it with the code
 WORKERS = min(8, os.cpu_count() or 1)
@@ -87,12 +86,17 @@ class Encoder:
         return Encoded([frame.pair for frame in frames], keys, shapes, contexts, latents, skipped)
 
     def look(self, listing: Listing, pool: Executor) -> list[Look]:
-        """What the pictures are; of several processes the first reads the files, the others what it remembered."""
-        ledger = Ledger(self.folder / "looks.sqlite")
-        name = hashlib.sha256(str(Path(listing.source).resolve()).encode()).hexdigest()[:8]
-        alone = wait_for(self.folder / f"looks-{name}.lock") if ledger.database else contextlib.nullcontext()
-        with alone, contextlib.closing(ledger):
-            return look_at_all(listing.pairs, ledger, pool, self.title("look at pictures"))
+        """What the pictures are; of several processes the first reads the files, the others what it remembered.
+
+        What all are known they do not wait for each other: at each start of a large run that would take hours.
+        """
+        ledger, lock = Ledger(self.folder / "looks.sqlite"), self.folder / f"looks-{name_source(listing.source)}.lock"
+        with contextlib.closing(ledger):
+            known = [ledger.look_up(pair) for pair in listing.pairs]
+            if None not in known:
+                return known
+            with wait_for(lock) if ledger.database else contextlib.nullcontext():
+                return look_at_all(listing.pairs, ledger, pool, self.title("look at pictures"))
 
     def fill_contexts(self, prompts: list[str]) -> Store:
         """The contexts of prompts and of the empty one, each once."""

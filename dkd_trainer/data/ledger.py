@@ -77,7 +77,8 @@ class Ledger:
 def name_place(pair: Pair) -> str:
     """A picture's file, and its place within a shard."""
     part = "" if pair.length is None else f"?{pair.start}+{pair.length}"
-    return f"{os.path.abspath(pair.picture or '')}{part}"
+    # names that are no UTF-8 come from old archives, and SQLite takes none
+    return f"{os.path.abspath(pair.picture or '')}{part}".encode(errors="backslashreplace").decode()
 
 
 def read_stamp(picture: Path | None) -> str:

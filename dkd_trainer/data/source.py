@@ -1,5 +1,7 @@
 """What every kind of data set is listed as: pairs, and what was skipped and why."""
 
+import hashlib
+import os
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -80,6 +82,11 @@ class Listing:
             raise DataError(
                 f"{self.source} holds no usable pair ({count_reasons(self.skipped)} skipped); expected {self.wanted}"
             )
+
+
+def name_source(source: Path | str) -> str:
+    """A short name for what is kept about a source, which need not have a name in UTF-8."""
+    return hashlib.sha256(os.fsencode(Path(source).resolve())).hexdigest()[:8]
 
 
 def count_reasons(skipped: Iterable[Skip]) -> str:

@@ -36,6 +36,8 @@ class Processes:
                 f"setting 'train.batch' is {train.batch}, expected a multiple of {parts} ({self.count} processes times "
                 f"{train.accumulation} accumulated parts)"
             )
+        if self.device.type == "cuda" and train.precision == "bf16":
+            require_bf16()
         self.size = train.batch // parts
         self.accumulation = train.accumulation
 
@@ -87,3 +89,12 @@ class Processes:
                     f"process {place} has another run than the first one, where {'; '.join(differences[:3])}; give all "
                     "hosts the same files and settings"
                 )
+
+
+def require_bf16() -> None:
+    """Raise SettingsError for a GPU that only emulates bf16: fused attention has no kernel for it there."""
+    if not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise SettingsError(
+            f"setting 'train.precision' is 'bf16', which {torch.cuda.get_device_name()} does not compute in; expected "
+            "'fp32' on GPUs before Ampere"
+        )

@@ -13,6 +13,7 @@ from statistics import median
 import torch
 
 from ..data.batches import Batch, Corpus, open_pairs
+from ..data.pairs import list_source
 from ..host import Teacher
 from ..settings import Settings
 from .loop import Training
@@ -31,10 +32,12 @@ def rehearse(
         output = dataclasses.replace(settings.output, work=folder, file=str(Path(folder) / settings.out.name))
         data = dataclasses.replace(settings.data, cache="")
         trial = dataclasses.replace(settings, output=output, data=data)
+        total = len(list_source(data.path, data.limit or None).pairs)
         corpus, encoding = time_encoding(teacher, trial, processes)
         training = kind(teacher, corpus, trial, processes)
         lines = describe_training(training)
-        left = 0.0
+        left = encoding * total
+        lines.append(f"encoding, once: {total} pairs, {left / 60:.1f} minutes at {encoding:.2g} s each")
         if teacher.device.type == "cuda":  # pairs were encoded: that is not the training's
             torch.cuda.reset_peak_memory_stats(teacher.device)
         for stage in training.stages:
@@ -42,7 +45,8 @@ def rehearse(
             left += pace.seconds * stage.settings.steps
             terms = ", ".join(f"{name} {value:.4f}" for name, value in training.losses.items())
             lines.append(f"{stage.name}: {stage.settings.steps} steps, {pace.describe(settings, encoding)}; {terms}")
-        lines += [f"peak memory: {measure_memory(teacher.device):.2f} GB", f"time to finish: {left / 60:.1f} minutes"]
+        lines.append(f"peak memory: {measure_memory(teacher.device):.2f} GB, validation and sheets not counted")
+        lines.append(f"time to finish: {left / 60:.1f} minutes")
     if processes.is_first:
         print("\n".join(lines))
 
@@ -69,13 +73,16 @@ class Pace:
 
 
 def time_encoding(teacher: Teacher, trial: Settings, processes: Processes) -> tuple[Corpus, float]:
-    """Some of the pairs, and the seconds that each takes to be encoded: what opening them is faster with a cache."""
-    times = []
-    for _ in range(2):
+    """Some of the pairs, and the seconds that each takes to be encoded: what opening them is faster with a cache.
+
+    The first pair warms up and is not counted.
+    """
+    times, limit = [], min(LIMIT, trial.data.limit or LIMIT)
+    for count in (1, limit, limit):
         begun = time.perf_counter()
-        corpus = open_pairs(trial.data.path, teacher, trial, not processes.is_first, LIMIT)
+        corpus = open_pairs(trial.data.path, teacher, trial, not processes.is_first, count)
         times.append(time.perf_counter() - begun)
-    return corpus, max(0.0, times[0] - times[1]) / len(corpus)
+    return corpus, max(0.0, times[1] - times[2]) / max(1, len(corpus) - 1)
 
 
 def describe_training(training: Training) -> list[str]:

@@ -150,7 +150,8 @@ def write_markdown(document: dict[str, Any]) -> str:
         "rounds; the speed-up is the median of the rounds' ratios to the first row, quartiles and extremes beside it. "
         "Of the ceiling: that speed-up as a share of the one that no mixing of tokens at all would give. Key pairs: "
         "query-key pairs of all attentions against the first row's. Memory: what a run takes beyond what was there "
-        f"before. A preset's step is one of its first half. {settings['note']}",
+        "before. A preset's step is one of its first half; where no layers of such a device have been measured before, "
+        f"it is of the two finest levels, whether that pays or not. {settings['note']}",
         "",
         f"`{machine['command']}`",
         *([] if document["complete"] else ["", "**This run was not finished.**"]),

@@ -79,16 +79,22 @@ def unwrap(output) -> Any:
     return output[0] if isinstance(output, tuple) else output.args[0]
 
 
-def patch_dha(model, preset: str = "custom", student=None, budget: float = 0.125, levels: str = "auto"):
+def patch_dha(model, preset: str = "custom", student=None, budget: float = 0.125, levels: str = ""):
     """Through our own node, with the settings a user would choose."""
     node = import_from_pack("nodes.apply").ApplyDHA
-    return unwrap(node.execute(model, levels, budget, 0.0, 1.0, student, preset))
+    return unwrap(node.execute(model, levels or choose_levels(model), budget, 0.0, 1.0, student, preset))
+
+
+def choose_levels(model) -> str:
+    """`auto` where a device's layers were measured; elsewhere it leaves most as they are, and the original is timed."""
+    return "auto" if import_from_pack("nodes.measured").find_payoff(model).rows else "two finest"
 
 
 def patch_stretch(model, stretch):
     """Training-free, all steps as in one stretch of a preset."""
     preset = import_from_pack("dha.presets").Preset((replace(stretch, end=1.0),))
-    return import_from_pack("nodes.apply").apply_student(model, None, None, preset, 0.0, 1.0)
+    apply = import_from_pack("nodes.apply")
+    return apply.apply_student(model, None, apply.LEVELS[choose_levels(model)], preset, 0.0, 1.0)
 
 
 def name_steps(kind: str, preset: str) -> list[str]:
@@ -120,7 +126,8 @@ def patch_student(model, preset: str = "custom", **settings):
     draw_weights(student.eval().requires_grad_(False), "student").to(dtype)
     patcher = comfy.model_patcher.ModelPatcher(student, device, comfy.model_management.unet_offload_device())
     loaded = import_from_pack("nodes.load").LoadedStudent("random student", {}, patcher)
-    return patch_dha(model, preset, loaded)
+    levels = "auto" if config.mode == "official" else choose_levels(model)  # all of official ones
+    return patch_dha(model, preset, loaded, levels=levels)
 
 
 def patch_tome(model, ratio: float = 0.5):
