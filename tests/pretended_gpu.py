@@ -27,17 +27,16 @@ class PlainOperations(TorchFunctionMode):
 def take(x: Tensor, keys) -> Tensor:
     """x[keys]; keys are numbers, slices, None, tensors or an ellipsis."""
     keys = keys if isinstance(keys, tuple) else (keys,)
-    taken = sum(key is not None and key is not Ellipsis for key in keys)
     dim, lookups = 0, {}
-    for key in keys:
+    for place, key in enumerate(keys, start=1):
         if key is Ellipsis:
-            dim = x.dim() - (taken - dim)
+            dim = x.dim() - sum(later is not None for later in keys[place:])
         elif key is None:
             x, dim = x.unsqueeze(dim), dim + 1
         elif isinstance(key, slice):
             x, dim = torch.ops.aten.slice.Tensor(x, dim, key.start, key.stop, key.step or 1), dim + 1
         elif isinstance(key, int):
-            x, taken = x.select(dim, key), taken - 1
+            x = x.select(dim, key)
         else:
             lookups[dim], dim = key, dim + 1
     if not lookups:

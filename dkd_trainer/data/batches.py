@@ -131,7 +131,7 @@ class Sampler:
         t = draw.t[part]
         tensors = (latents, noise, add_noise(latents, noise, t), t, context, self.corpus.empty.float())
         moved = [tensor.to(device) for tensor in (*tensors, draw.guidance[part])]
-        return Batch(*moved, budget=draw.budget, seed=(seed * 1_000_003 + draw.step) % 2**63)
+        return Batch(*moved, budget=draw.budget, seed=(seed * 1_000_003 + draw.step) % 2**62)
 
 
 def seeded(seed: int, step: int, place: int) -> torch.Generator:

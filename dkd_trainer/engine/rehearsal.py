@@ -1,5 +1,6 @@
 """`--dry-run`: everything is built and each stage is tried, then what was learnt about the run is said."""
 
+import contextlib
 import dataclasses
 import importlib
 import sys
@@ -14,6 +15,7 @@ import torch
 
 from ..data.batches import Batch, Corpus, open_pairs
 from ..data.pairs import list_source
+from ..data.source import DataError
 from ..host import Teacher
 from ..settings import Settings
 from .loop import Training
@@ -78,11 +80,13 @@ def time_encoding(teacher: Teacher, trial: Settings, processes: Processes) -> tu
     The first pair warms up and is not counted.
     """
     times, limit = [], min(LIMIT, trial.data.limit or LIMIT)
-    for count in (1, limit, limit):
+    with contextlib.suppress(DataError):  # it may be a broken one
+        open_pairs(trial.data.path, teacher, trial, True, 1)
+    for _ in range(2):
         begun = time.perf_counter()
-        corpus = open_pairs(trial.data.path, teacher, trial, not processes.is_first, count)
+        corpus = open_pairs(trial.data.path, teacher, trial, not processes.is_first, limit)
         times.append(time.perf_counter() - begun)
-    return corpus, max(0.0, times[1] - times[2]) / max(1, len(corpus) - 1)
+    return corpus, max(0.0, times[0] - times[1]) / max(1, len(corpus) - 1)
 
 
 def describe_training(training: Training) -> list[str]:
