@@ -54,11 +54,9 @@ def run_unet(studio, config: DHAConfig, moved: bool = True, watch=None, **settin
 
 
 def build(architecture, config: DHAConfig) -> Student:
-    return (
-        Student(config, architecture, head_width=32)
-        if config.mode == "official"
-        else make_student(architecture, config=config)
-    )
+    if config.mode == "official":
+        return Student(config, architecture, head_width=32)
+    return make_student(architecture, config=config)
 
 
 @pytest.mark.parametrize("config", [FREE, TRAINED, OFFICIAL], ids=["training-free", "student", "official"])

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -266,11 +265,12 @@ def test_two_controls_of_one_band_are_refused(make_settings, prepare, controls):
 
 def test_the_dry_run_tries_the_pair(make_settings, teacher, corpus, monkeypatch, capsys):
     from dkd_trainer.control.pair import PairTraining
+    from dkd_trainer.data.source import Listing
     from dkd_trainer.engine import rehearsal
     from dkd_trainer.engine.processes import Processes
 
-    monkeypatch.setattr(rehearsal, "open_pairs", lambda *_: corpus)
-    monkeypatch.setattr(rehearsal, "list_source", lambda *_: SimpleNamespace(pairs=range(len(corpus))))
+    monkeypatch.setattr(rehearsal, "list_source", lambda *_: Listing("in memory", "", list(range(len(corpus)))))
+    monkeypatch.setattr(rehearsal, "encode_pairs", lambda *_: corpus)
     settings = make_settings(imitation__control=0.5)
     rehearsal.rehearse(teacher, settings, Processes(settings.train), PairTraining)
     assert "imitation: 3 steps" in (told := capsys.readouterr().out) and "control 0." in told

@@ -12,9 +12,12 @@ from dha.student import Student
 from ..diffusion import add_noise, shift_timesteps
 from ..host import Teacher
 from ..settings import Settings
-from .corpus import open_corpus
+from .buckets import Framing
+from .corpus import encode_listing
 from .drawing import Drawing
 from .encoder import Effort
+from .pairs import list_source
+from .source import Listing
 
 
 class Corpus(Protocol):
@@ -34,23 +37,16 @@ class Corpus(Protocol):
 
 
 def open_pairs(source: str, teacher: Teacher, settings: Settings, quiet: bool = False, limit: int | None = None):
-    """The `corpus.Corpus` of a source with a run's settings, its first `limit` pairs; raises DataError.
+    """The `corpus.Corpus` of a source with a run's settings, its first `limit` pairs; raises DataError."""
+    return encode_pairs(list_source(source, limit), teacher, settings, quiet)
 
-    What it was encoded with leaves the GPU.
-    """
+
+def encode_pairs(listing: Listing, teacher: Teacher, settings: Settings, quiet: bool = False):
+    """The same of pairs that are listed already; what they were encoded with leaves the GPU."""
     data = settings.data
-    corpus = open_corpus(
-        source,
-        teacher,
-        settings.cache,
-        data.size,
-        step=data.bucket_step,
-        max_ratio=data.max_ratio,
-        min_side=data.min_side or None,
-        limit=limit,
-        drawing=Drawing(data.draw_steps, data.draw_guidance, data.draw_seed, settings.train.precision),
-        effort=Effort(quiet=quiet),
-    )
+    framing = Framing(data.size, data.bucket_step, data.max_ratio, data.min_side or None)
+    drawing = Drawing(data.draw_steps, data.draw_guidance, data.draw_seed, settings.train.precision)
+    corpus = encode_listing(listing, teacher, settings.cache, framing, drawing, Effort(quiet=quiet))
     teacher.release()
     return corpus
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from .buckets import Framing
 from .cache import Reader, Store, make_key, wait_for
 from .drawing import Drawing, Sketch, draw_latents, plan_seeds
-from .frames import Frame, check_finite, encode_pictures, frame_picture, look_at_all, split
+from .frames import Frame, check_finite, encode_pictures, frame_picture, look_at_all, recall, split
 from .ledger import Ledger, Look
 from .source import CHANGED, DataError, Listing, Pair, Refused, Skip, name_source
 
@@ -88,15 +88,16 @@ class Encoder:
     def look(self, listing: Listing, pool: Executor) -> list[Look]:
         """What the pictures are; of several processes the first reads the files, the others what it remembered.
 
-        What all are known they do not wait for each other: at each start of a large run that would take hours.
+        For what is known already none waits for another: at each start of a large run that would take hours.
         """
         ledger, lock = Ledger(self.folder / "looks.sqlite"), self.folder / f"looks-{name_source(listing.source)}.lock"
-        with contextlib.closing(ledger):
-            known = [ledger.look_up(pair) for pair in listing.pairs]
-            if None not in known:
-                return known
+
+        def find(missing: list[Pair]) -> list[Look]:
             with wait_for(lock) if ledger.database else contextlib.nullcontext():
-                return look_at_all(listing.pairs, ledger, pool, self.title("look at pictures"))
+                return look_at_all(missing, ledger, pool, self.title("look at pictures"))
+
+        with contextlib.closing(ledger):
+            return recall(listing.pairs, ledger, find)
 
     def fill_contexts(self, prompts: list[str]) -> Store:
         """The contexts of prompts and of the empty one, each once."""

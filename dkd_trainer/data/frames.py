@@ -66,15 +66,24 @@ def look_at(pair: Pair) -> tuple[Pair, str, Look]:
 
 def look_at_all(pairs: list[Pair], ledger: Ledger, pool: Executor, title: str = "") -> list[Look]:
     """Every pair's look, from the ledger where its file is unchanged."""
+
+    def look_anew(new: list[Pair]) -> list[Look]:
+        looks: list[Look] = []
+        with tqdm(total=len(new), desc=title, disable=not title) as bar:
+            for part in split(map_ahead(pool, look_at, new, 64), 512):
+                ledger.remember(part)
+                looks += [look for _, _, look in part]
+                bar.update(len(part))
+        return looks
+
+    return recall(pairs, ledger, look_anew)
+
+
+def recall(pairs: list[Pair], ledger: Ledger, find: Callable[[list[Pair]], list[Look]]) -> list[Look]:
+    """Every pair's look from the ledger; `find` is asked once for all of those that it does not know."""
     known = [ledger.look_up(pair) for pair in pairs]
-    new = [pair for pair, look in zip(pairs, known, strict=True) if look is None]
-    looks: list[Look] = []
-    with tqdm(total=len(new), desc=title, disable=not title or not new) as bar:
-        for part in split(map_ahead(pool, look_at, new, 64), 512):
-            ledger.remember(part)
-            looks += [look for _, _, look in part]
-            bar.update(len(part))
-    found = iter(looks)
+    missing = [pair for pair, look in zip(pairs, known, strict=True) if look is None]
+    found = iter(find(missing) if missing else [])
     return [look or next(found) for look in known]
 
 

@@ -13,9 +13,9 @@ from statistics import median
 
 import torch
 
-from ..data.batches import Batch, Corpus, open_pairs
+from ..data.batches import Batch, Corpus, encode_pairs
 from ..data.pairs import list_source
-from ..data.source import DataError
+from ..data.source import DataError, Listing
 from ..host import Teacher
 from ..settings import Settings
 from .loop import Training
@@ -34,12 +34,12 @@ def rehearse(
         output = dataclasses.replace(settings.output, work=folder, file=str(Path(folder) / settings.out.name))
         data = dataclasses.replace(settings.data, cache="")
         trial = dataclasses.replace(settings, output=output, data=data)
-        total = len(list_source(data.path, data.limit or None).pairs)
-        corpus, encoding = time_encoding(teacher, trial, processes)
+        listing = list_source(data.path, data.limit or None)
+        corpus, encoding = time_encoding(listing, teacher, trial, processes)
         training = kind(teacher, corpus, trial, processes)
         lines = describe_training(training)
-        left = encoding * total
-        lines.append(f"encoding, once: {total} pairs, {left / 60:.1f} minutes at {encoding:.2g} s each")
+        left = encoding * len(listing.pairs)
+        lines.append(f"encoding, once: {len(listing.pairs)} pairs, {left / 60:.1f} minutes at {encoding:.2g} s each")
         if teacher.device.type == "cuda":  # pairs were encoded: that is not the training's
             torch.cuda.reset_peak_memory_stats(teacher.device)
         for stage in training.stages:
@@ -74,17 +74,18 @@ class Pace:
         )
 
 
-def time_encoding(teacher: Teacher, trial: Settings, processes: Processes) -> tuple[Corpus, float]:
+def time_encoding(listing: Listing, teacher: Teacher, trial: Settings, processes: Processes) -> tuple[Corpus, float]:
     """Some of the pairs, and the seconds that each takes to be encoded: what opening them is faster with a cache.
 
     The first pair warms up and is not counted.
     """
-    times, limit = [], min(LIMIT, trial.data.limit or LIMIT)
+    first, some = (Listing(listing.source, listing.wanted, listing.pairs[:count]) for count in (1, LIMIT))
+    times = []
     with contextlib.suppress(DataError):  # it may be a broken one
-        open_pairs(trial.data.path, teacher, trial, True, 1)
+        encode_pairs(first, teacher, trial, True)
     for _ in range(2):
         begun = time.perf_counter()
-        corpus = open_pairs(trial.data.path, teacher, trial, not processes.is_first, limit)
+        corpus = encode_pairs(some, teacher, trial, not processes.is_first)
         times.append(time.perf_counter() - begun)
     return corpus, max(0.0, times[0] - times[1]) / max(1, len(corpus) - 1)
 

@@ -126,8 +126,7 @@ def patch_student(model, preset: str = "custom", **settings):
     draw_weights(student.eval().requires_grad_(False), "student").to(dtype)
     patcher = comfy.model_patcher.ModelPatcher(student, device, comfy.model_management.unet_offload_device())
     loaded = import_from_pack("nodes.load").LoadedStudent("random student", {}, patcher)
-    levels = "auto" if config.mode == "official" else choose_levels(model)  # all of official ones
-    return patch_dha(model, preset, loaded, levels=levels)
+    return patch_dha(model, preset, loaded, levels="auto" if config.mode == "official" else "")  # all of official ones
 
 
 def patch_tome(model, ratio: float = 0.5):
