@@ -21,7 +21,8 @@ class DHAConfig:
     """One student: where self-attention is replaced and by how much.
 
     `levels` are UNet resolutions, 0 the finest. `token_budget` is the share of a level's tokens that become keys, at
-    most `max_tokens` of them; `coarse_share` of the keys form the strided grid, the router picks the others. `memory`
+    most `max_tokens` of them; `coarse_share` of the keys form the strided grid, the router picks the others. At most
+    `landmarks` queries of a level look at all keys and tell the others what they miss, see `dha.landmarks`. `memory`
     learned tokens, which also hold summaries of the picture, low-rank `deltas` of `rank`, a router of
     `router_width`, a convolution of `local` channels beside the attention and a `blend` of grid tokens with the means
     of their cells are the trained parts; 0 or false leaves one out.
@@ -33,6 +34,7 @@ class DHAConfig:
     token_budget: float = 0.125
     max_tokens: int = 4096
     coarse_share: float = 0.8
+    landmarks: int = 0
     memory: int = 0
     rank: int = 0
     deltas: tuple[str, ...] = DELTAS
@@ -60,7 +62,7 @@ class DHAConfig:
             )
         share = self.coarse_share
         require(is_number(share) and 0 <= share <= 1, "coarse_share", share, "in [0, 1]")
-        for name in ("memory", "rank", "router_width", "local"):
+        for name in ("landmarks", "memory", "rank", "router_width", "local"):
             value = getattr(self, name)
             require(type(value) is int and 0 <= value <= 4096, name, value, "a whole number from 0 to 4096")
         require(

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .config import DHAConfig
+from .landmarks import attend_landmarks
 from .local import LocalMix
 from .memory import Memory
 from .routing import ContextPlan, Router, cell_means, coarse_indices
@@ -56,16 +57,34 @@ class Blend(nn.Module):
         return keys, values
 
 
-class Context(NamedTuple):
-    """Tokens (B, m, C) before projection to keys and to values, and what each key adds to its logits (B, m).
+class Mixing(NamedTuple):
+    """How queries see a context once it is projected: `log_weights` (B, m) are added to its logits.
 
-    `log_weights` are zeros that carry the router's gradient, and None where none is asked for. `chosen` are the numbers
-    (B, k) of the tokens that the router picked, None without a router.
+    They are zeros that carry the router's gradient, and None where none is asked for. With landmarks, every `step`-th
+    query, the context is the first `short` of the keys, and all N tokens follow behind it.
+    """
+
+    log_weights: Tensor | None = None
+    short: int = 0
+    step: int = 0
+
+    def run(self, attend: Callable, q: Tensor, k: Tensor, v: Tensor, options: dict) -> Tensor:
+        """Attention of q (B, N, C) to k and v (B, m, C), or (B, m + N, C); `attend` is as in `dha.patch`."""
+        mask = None if self.log_weights is None else self.log_weights[:, None, None].to(q.dtype)
+        if not self.step:
+            return attend(q, k, v, options, mask)
+        return attend_landmarks(attend, q, k, v, mask, self.short, self.step, options)
+
+
+class Context(NamedTuple):
+    """Tokens (B, m, C), or (B, m + N, C), before projection to keys and to values, and how they are looked at.
+
+    `chosen` are the numbers (B, k) of the tokens that the router picked, None without a router.
     """
 
     keys: Tensor
     values: Tensor
-    log_weights: Tensor | None
+    mixing: Mixing
     chosen: Tensor | None
 
 
@@ -120,7 +139,12 @@ class HybridSite(nn.Module):
         weights = None
         if scores is not None and chosen is not None and torch.is_grad_enabled():
             weights = F.pad(straight_through(scores.gather(1, chosen)), (0, keys.shape[1] - plan.chosen))
-        return Context(keys, values, weights, chosen)
+        mixing = Mixing(weights, keys.shape[1], plan.step)
+        if plan.step:
+            same = values is keys
+            keys = torch.cat([keys, x], dim=1)
+            values = keys if same else torch.cat([values, x], dim=1)
+        return Context(keys, values, mixing, chosen)
 
     def forward(
         self,
@@ -136,11 +160,10 @@ class HybridSite(nn.Module):
 
         `attend(q, k, v, options, mask)` is as in `dha.patch`, `grid` (coarse,) as in `build_context`.
         """
-        keys, values, weights, _ = self.build_context(x, emb, plan, grid)
+        keys, values, mixing, _ = self.build_context(x, emb, plan, grid)
         q = attention.to_q(self.correct("q", x))
         k, v = attention.to_k(self.correct("k", keys)), attention.to_v(self.correct("v", values))
-        mask = None if weights is None else weights[:, None, None].to(q.dtype)
-        out = self.correct("out", attention.to_out(attend(q, k, v, {"n_heads": heads}, mask)))
+        out = self.correct("out", attention.to_out(mixing.run(attend, q, k, v, {"n_heads": heads})))
         return out if self.local is None else out + self.local(x, emb, plan.height, plan.width)
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .dither import PHASES, dithered_indices, find_phase, list_phases
-from .hybrid import HybridSite
+from .hybrid import HybridSite, Mixing
 from .official import OfficialSite
 from .presets import Stretch
 from .routing import ContextPlan, coarse_indices
@@ -62,7 +62,7 @@ class Call(NamedTuple):
     """What one attention call needs to remember between its patches."""
 
     site: HybridSite | OfficialSite
-    log_weights: Tensor | None = None
+    mixing: Mixing = Mixing()
     output: Tensor | None = None
     local: Tensor | None = None
 
@@ -114,7 +114,8 @@ class Planner:
 
     def plan(self, height: int, width: int, channels: int) -> ContextPlan | None:
         """The plan of a size; None where every token is a key, or where a short context does not pay."""
-        plan = self.student.plan(height, width, self.stretch.token_budget, self.stretch.max_tokens)
+        stretch = self.stretch
+        plan = self.student.plan(height, width, stretch.token_budget, stretch.max_tokens, stretch.landmarks)
         if plan.coarse + plan.chosen >= plan.tokens:
             return None
         if self.pays is not None and not self.pays(plan.tokens, channels, plan.coarse + plan.chosen):
@@ -178,23 +179,21 @@ def make_patches(
         plan, grid = planner.prepare(height, width, context, phase)
         if plan is None:
             return n, context, value
-        keys, values, log_weights, chosen = module.build_context(context, emb, plan, grid)
+        keys, values, mixing, chosen = module.build_context(context, emb, plan, grid)
         if WATCH in options:
             options[WATCH](sites[block], plan, grid, chosen, options)
         local = None if module.local is None else module.local(context, emb, height, width)
-        options[STATE] = Call(module, log_weights, local=local)
+        options[STATE] = Call(module, mixing, local=local)
         return module.correct("q", n), module.correct("k", keys), module.correct("v", values)
 
     def attn1_replace(q: Tensor, k: Tensor, v: Tensor, options: dict) -> Tensor:
         call = options.get(STATE)
         if call is not None and call.output is not None:
             return q
-        mask = None if call is None or call.log_weights is None else call.log_weights
-        if call is not None and q.shape[0] != k.shape[0]:  # a later patch tiled the queries: every tile sees all keys
-            tiles = q.shape[0] // k.shape[0]
-            k, v = k.repeat_interleave(tiles, 0), v.repeat_interleave(tiles, 0)
-            mask = mask if mask is None or len(mask) == 1 else mask.repeat_interleave(tiles, 0)
-        return attend(q, k, v, options, None if mask is None else mask[:, None, None].to(q.dtype))
+        if call is None:
+            return attend(q, k, v, options, None)
+        # A later patch may have tiled the queries: every tile sees all keys, so that they are one picture's again.
+        return call.mixing.run(attend, q.reshape(len(k), -1, q.shape[-1]), k, v, options).view(q.shape)
 
     def output_patch(out: Tensor, options: dict) -> Tensor:
         call = options.get(STATE)

@@ -11,14 +11,15 @@ UNTRAINED_FROM = 0.25  # of the tokens: the second half of a sampling comes out 
 class Stretch:
     """A part of a sampling, which lasts until the share `end` of the schedule: a share of the tokens become keys.
 
-    There are at most `max_tokens` of them, from which on a layer's cost is linear; None are the student's own share and
-    cap. A stretch that is not `trained` runs without the student's trained parts.
+    There are at most `max_tokens` of them, from which on a layer's cost is linear, and at most `landmarks` queries see
+    all keys; None are the student's own numbers. A stretch that is not `trained` runs without the trained parts.
     """
 
     token_budget: float | None
     max_tokens: int | None = None
     end: float = 1.0
     trained: bool = True
+    landmarks: int | None = None
 
     @property
     def least_timestep(self) -> float:
@@ -73,7 +74,7 @@ def rise(token_budget: float, max_tokens: int, end: float) -> Preset:
 # The caps are reached at 768x768, 9216 tokens at the finest level. With a share of the tokens the error halves when the
 # sides double, with a number of them it grows by two fifths: up to 2048x2048 it stays below that at 512x512.
 PRESETS = {
-    "quality": rise(0.25, 2304, 0.9),
-    "balanced": rise(0.125, 1152, 0.9),
-    "fast": rise(0.0625, 576, 0.95),
+    "quality": rise(0.125, 1152, 0.9),
+    "balanced": rise(0.0625, 576, 0.9),
+    "fast": rise(0.03125, 288, 0.95),
 }

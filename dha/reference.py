@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from .hybrid import HybridSite
+from .landmarks import RIDGE, WIDTH
 from .memory import SHARPNESS, Memory
 from .routing import ContextPlan
 
@@ -19,16 +20,46 @@ def attend_one(site: HybridSite, attention, x: Tensor, emb: Tensor, plan: Contex
     q = attention.to_q(site.correct("q", x)).unflatten(-1, (heads, -1))
     k = attention.to_k(site.correct("k", keys)).unflatten(-1, (heads, -1))
     v = attention.to_v(site.correct("v", values)).unflatten(-1, (heads, -1))
-    rows = []
-    for n in range(len(x)):
-        outputs = []
-        for h in range(heads):
-            logits = k[:, h] @ q[n, h] / q.shape[-1] ** 0.5 + log_weights
-            mass = (logits - logits.max().detach()).exp()
-            outputs.append((mass[:, None] * v[:, h]).sum(0) / mass.sum())
-        rows.append(torch.cat(outputs))
-    out = site.correct("out", attention.to_out(torch.stack(rows)))
+    mixed = torch.stack([attend_row(q[n], k, v, log_weights) for n in range(len(x))])
+    if plan.step:
+        k, v = (
+            f(site.correct(n, x)).unflatten(-1, (heads, -1)) for n, f in (("k", attention.to_k), ("v", attention.to_v))
+        )
+        mixed = mixed + carry_missed(q, k, v, mixed, list(range(plan.step // 2, len(x), plan.step)))
+    out = site.correct("out", attention.to_out(mixed.flatten(1)))
     return out if site.local is None else out + mix_neighbours(site, x, emb, plan)
+
+
+def attend_row(q: Tensor, k: Tensor, v: Tensor, log_weights: Tensor) -> Tensor:
+    """One query (heads, d) over keys and values (m, heads, d) with log-weights (m,); returns (heads, d)."""
+    outputs = []
+    for h in range(len(q)):
+        logits = k[:, h] @ q[h] / q.shape[-1] ** 0.5 + log_weights
+        mass = (logits - logits.max().detach()).exp()
+        outputs.append((mass[:, None] * v[:, h]).sum(0) / mass.sum())
+    return torch.stack(outputs)
+
+
+def carry_missed(q: Tensor, k: Tensor, v: Tensor, mixed: Tensor, marks: list[int]) -> Tensor:
+    """What `mixed` (N, heads, d) of queries q misses of all keys, known at `marks` and by regression elsewhere.
+
+    For each head the weights W solve (phi(l) + RIDGE I) W = e - e' for what each landmark misses, e, of mean e'.
+    """
+    zeros = q.new_zeros(len(k))
+    missed = torch.stack([attend_row(q[n], k, v, zeros) - mixed[n] for n in marks])
+    carried = []
+    for h in range(q.shape[1]):
+        points = torch.stack([q[n, h] for n in marks])
+        centre, mean = points.mean(0), missed[:, h].mean(0)
+        variance = sum((point - centre) @ (point - centre) for point in points) / len(points)
+
+        def compare(query, points=points, centre=centre, variance=variance):
+            return torch.stack([query @ (point - centre) / (WIDTH * variance) for point in points]).softmax(0)
+
+        system = torch.stack([compare(point) for point in points]) + RIDGE * torch.eye(len(marks))
+        weights = torch.linalg.solve(system, missed[:, h] - mean)
+        carried.append(torch.stack([mean + compare(row) @ weights for row in q[:, h]]))
+    return torch.stack(carried, 1)
 
 
 def list_keys(site: HybridSite, x: Tensor, emb: Tensor, plan: ContextPlan) -> tuple[Tensor, Tensor, Tensor]:

@@ -7,18 +7,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .landmarks import choose_step
+
 
 @dataclass(frozen=True)
 class ContextPlan:
     """Keys of one level: a grid with one token per cell of `strides` (down, across) tokens, and `chosen` others.
 
-    Strides of 0 mean no grid.
+    Strides of 0 mean no grid. Every `step`-th query is a landmark, with a step of 0 none is.
     """
 
     height: int
     width: int
     strides: tuple[int, int]
     chosen: int
+    step: int = 0
 
     @property
     def tokens(self) -> int:
@@ -35,21 +38,27 @@ class ContextPlan:
     def coarse(self) -> int:
         return self.grid[0] * self.grid[1]
 
+    @property
+    def landmarks(self) -> int:
+        return len(range(self.step // 2, self.tokens, self.step)) if self.step else 0
+
 
 def plan_context(
-    height: int, width: int, budget: float, coarse_share: float, max_tokens: int, routed: bool
+    height: int, width: int, budget: float, coarse_share: float, max_tokens: int, routed: bool, landmarks: int = 0
 ) -> ContextPlan:
     """Spend a key budget: the grid of the most tokens within its share, the rest of the keys go to the router.
 
     `budget` is a share of the tokens, capped at `max_tokens` keys. Without a router (`routed` false) the grid gets all.
+    There are at most `landmarks`, and none where they would be more than half of the tokens.
     """
     height, width = specialise(height), specialise(width)
     tokens = height * width
     keys = specialise(max(1, min(round(budget * tokens), max_tokens, tokens)))
+    step = choose_step(height, width, landmarks) if 0 < 2 * landmarks <= tokens else 0
     allowance = keys * coarse_share if routed else keys
     if allowance < 1:
-        return ContextPlan(height, width, (0, 0), keys)
-    plan = ContextPlan(height, width, choose_strides(height, width, int(allowance)), 0)
+        return ContextPlan(height, width, (0, 0), keys, step)
+    plan = ContextPlan(height, width, choose_strides(height, width, int(allowance)), 0, step)
     return replace(plan, chosen=keys - plan.coarse) if routed else plan
 
 

@@ -1,14 +1,18 @@
 """A DHA student: the trained parts of every replaced self-attention, by site name."""
 
 from collections.abc import Container
+from dataclasses import replace
 
 from torch import Tensor, nn
 
 from .config import NORM_GROUPS, DHAConfig
 from .hybrid import HybridSite
+from .landmarks import LANDMARKS
 from .official import OfficialSite
 from .routing import ContextPlan, plan_context
 from .sites import SITES, Architecture, Site
+
+FREE_CONFIG = DHAConfig(levels=(0, 1), landmarks=LANDMARKS)  # of full-size models
 
 
 class Student(nn.Module):
@@ -36,9 +40,8 @@ class Student(nn.Module):
         """The training-free form of the same; a student without trained parts, or of mode `official`, is its own."""
         if self.config.mode == "official" or not self.sites.state_dict():
             return self
-        config = DHAConfig(
-            levels=self.config.levels, token_budget=self.config.token_budget, max_tokens=self.config.max_tokens
-        )
+        own = self.config
+        config = replace(FREE_CONFIG, levels=own.levels, token_budget=own.token_budget, max_tokens=own.max_tokens)
         return Student(config, self.architecture)
 
     def list_sites(self) -> list[Site]:
@@ -65,13 +68,19 @@ class Student(nn.Module):
         return self
 
     def plan(
-        self, height: int, width: int, token_budget: float | None = None, max_tokens: int | None = None
+        self,
+        height: int,
+        width: int,
+        token_budget: float | None = None,
+        max_tokens: int | None = None,
+        landmarks: int | None = None,
     ) -> ContextPlan:
-        """How the keys of a height x width level are spent, at the configured or another budget and cap."""
+        """How the keys of a height x width level are spent, with the configured or other values."""
         config = self.config
         budget = config.token_budget if token_budget is None else token_budget
         most = config.max_tokens if max_tokens is None else max_tokens
-        return plan_context(height, width, budget, config.coarse_share, most, bool(config.router_width))
+        marks = config.landmarks if landmarks is None else landmarks
+        return plan_context(height, width, budget, config.coarse_share, most, bool(config.router_width), marks)
 
     def named_weights(self) -> dict[str, Tensor]:
         """Tensors by site and part, as in the file: `middle_block.1.transformer_blocks.0.attn1.router.enter.weight`."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dha.config import DHAConfig, drop_retired
+from dha.landmarks import LANDMARKS
 
 from .fields import SettingsError, build, choice, merge, nest, real, reals, switch, text, texts, to_toml, whole
 from .host import SHIPPED_TEACHER
@@ -149,7 +150,7 @@ class WatchSettings:
 
 def start_config() -> DHAConfig:
     """The student that the trainer makes when it is told nothing."""
-    return DHAConfig(levels=(0, 1), memory=32, rank=8, local=16, blend=True)
+    return DHAConfig(levels=(0, 1), landmarks=LANDMARKS, memory=32, rank=8, local=16)
 
 
 @dataclasses.dataclass(frozen=True)

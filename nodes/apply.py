@@ -3,17 +3,17 @@
 import logging
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from comfy.ldm.modules import attention
 from comfy.patcher_extension import WrappersMP
 from comfy_api.latest import io
 
 from ..dha.checkpoint import check_architecture
-from ..dha.config import DHAConfig
 from ..dha.patch import Patches, Planner, make_patches
 from ..dha.presets import NO_CAP, PRESETS, Preset, Stretch
 from ..dha.sites import read_architecture
-from ..dha.student import Student
+from ..dha.student import FREE_CONFIG, Student
 from .load import DHA_STUDENT, LoadedStudent
 from .measured import describe_presets, find_payoff, read_measured
 
@@ -22,7 +22,6 @@ PATCHES = "dha_patches"  # key in transformer_options of a student's `Patches`, 
 CUSTOM, NEW = "custom", "balanced"  # a preset's place where token_budget says it, and what a new node stands on
 RANGES = {"finest": (0,), "two finest": (0, 1), "three finest": (0, 1, 2), "all": (0, 1, 2, 3)}
 LEVELS: dict[str, tuple[int, ...] | None] = {"auto": None, **RANGES}
-TRAINING_FREE = DHAConfig(levels=(0, 1))
 
 
 class ApplyDHA(io.ComfyNode):
@@ -115,7 +114,7 @@ def apply_student(model, loaded: LoadedStudent | None, levels, spending: Preset,
             "this model already went through Apply DHA; connect the model from before it, or remove one of the two"
         )
     if loaded is None:
-        student = Student(TRAINING_FREE if levels is None else DHAConfig(levels=levels), architecture)
+        student = Student(FREE_CONFIG if levels is None else replace(FREE_CONFIG, levels=levels), architecture)
     else:
         student = loaded.patcher.model
         check_architecture(loaded.name, student.architecture, architecture)

@@ -10,11 +10,10 @@ from modules.paths import models_path
 
 from dha.attach import attach
 from dha.checkpoint import StudentFileError, check_architecture, load_student
-from dha.config import DHAConfig
 from dha.payoff import choose_payoff
 from dha.presets import PRESETS
 from dha.sites import ArchitectureError, read_architecture
-from dha.student import Student
+from dha.student import FREE_CONFIG, Student
 
 TRAINING_FREE = "none, training-free"
 STUDENTS = Path(models_path) / "dha"
@@ -76,7 +75,7 @@ def choose_student(unet, name):
     """The named student, or one without trained parts; raises ArchitectureError or StudentFileError."""
     architecture = read_architecture(unet.state_dict())
     if name == TRAINING_FREE:
-        return Student(DHAConfig(levels=(0, 1)), architecture)
+        return Student(FREE_CONFIG, architecture)
     student = load_student(STUDENTS / name)
     check_architecture(name, student.architecture, architecture)
     return student

@@ -10,7 +10,7 @@ from conftest import relate
 from dha.patch import WATCH
 from dha.peak import LiveTensors
 
-PRESETS = [("quality", 0.25, 3), ("balanced", 0.125, 3), ("fast", 0.0625, 2)]  # and exact steps of 24
+PRESETS = [("quality", 0.125, 3), ("balanced", 0.0625, 3), ("fast", 0.03125, 2)]  # and exact steps of 24
 
 
 def apply_preset(studio, student, preset, start=0.0, end=1.0):
@@ -40,9 +40,9 @@ def test_preset_takes_the_place_of_the_budget_and_has_an_end_of_its_own(studio, 
 
 
 def test_trained_parts_rest_where_a_preset_has_many_keys(studio, student):
-    """In the second half `balanced` is as without a student, `fast` is not."""
+    """In the second half `quality` is as without a student, `balanced` is not."""
     late = {"steps": 6, "denoise": 0.4}
-    for preset, same in (("balanced", True), ("fast", False)):
+    for preset, same in (("quality", True), ("balanced", False)):
         trained, free = (studio.draw(apply_preset(studio, one, preset), **late) for one in (student, None))
         assert torch.equal(trained, free) is same
         assert relate(trained, studio.draw(**late)) > 0
@@ -50,7 +50,7 @@ def test_trained_parts_rest_where_a_preset_has_many_keys(studio, student):
 
 def test_an_earlier_end_or_a_later_start_than_the_presets_counts(studio, student, caplog):
     earlier = apply_preset(studio, student, "balanced", end=0.5)
-    own = studio.apply(student=student, budget=0.125, end=0.5)
+    own = studio.apply(student=student, budget=0.0625, end=0.5)
     assert torch.equal(studio.draw(earlier, steps=4), studio.draw(own, steps=4))
     assert "preset's own end" not in caplog.text
     assert apply_preset(studio, student, "quality", start=0.9) is studio.model
@@ -61,7 +61,7 @@ def test_an_earlier_end_or_a_later_start_than_the_presets_counts(studio, student
 def test_a_window_cuts_a_presets_stretches(studio, student, start, end, counts):
     """Steps of 24 as above that lie in the first half and in the second."""
     keys, _ = list_keys(studio, apply_preset(studio, student, "balanced", start, end), steps=24)
-    assert keys == [32] * counts[0] + [64] * counts[1]
+    assert keys == [16] * counts[0] + [32] * counts[1]
 
 
 @pytest.mark.parametrize(("side", "budget", "keys"), [(96, 0.5, {4608}), (72, 1.0, set())])
@@ -79,7 +79,7 @@ def test_a_new_node_is_balanced_and_a_graph_without_a_preset_gets_its_token_budg
     assert list(inputs["required"]) == ["model", "levels", "token_budget", "start_percent", "end_percent"]
     assert list(inputs["optional"]) == ["student", "preset"]
     kind, options = inputs["optional"]["preset"]
-    assert options["default"] == "balanced" and "balanced: 12.5 % of the tokens" in options["tooltip"]
+    assert options["default"] == "balanced" and "balanced: 6.25 % of the tokens" in options["tooltip"]
     named = studio.apply(student=student, budget=0.3)
     assert torch.equal(studio.draw(named), studio.draw(apply_preset(studio, student, "custom")))
 

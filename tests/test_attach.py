@@ -17,7 +17,7 @@ from dha.attach import attach
 from dha.config import DHAConfig
 from dha.patch import make_patches, plain_attention
 from dha.presets import PRESETS, Preset, Stretch
-from dha.student import Student
+from dha.student import FREE_CONFIG, Student
 
 SPENDING = Preset((Stretch(token_budget=0.3, max_tokens=64),))
 OFFICIAL = DHAConfig(mode="official", levels=(0, 1), norm_groups=4)
@@ -144,13 +144,13 @@ def test_a_preset_leaves_the_last_steps_to_the_model(studio, unet, inputs, t, sh
 
 
 def test_trained_parts_rest_in_the_second_half(studio, unet, inputs):
-    """From timestep 499.5 on, where `balanced` has a quarter of the tokens."""
+    """From timestep 499.5 on, where `quality` has a quarter of the tokens."""
     inputs = inputs | {"x": torch.randn(2, 4, 16, 16)}
     for t, same in ((500.0, False), (499.0, True)):
         inputs["timesteps"] = torch.full((2,), t)
         found = []
-        for student in (make_student(studio.architecture), Student(DHAConfig(levels=(0, 1)), studio.architecture)):
-            take_off = attach(unet, student, PRESETS["balanced"])
+        for student in (make_student(studio.architecture), Student(FREE_CONFIG, studio.architecture)):
+            take_off = attach(unet, student, PRESETS["quality"])
             found.append(predict(unet, inputs))
             take_off()
         assert torch.equal(*found) is same

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,9 @@ import torch
 pytest.importorskip("aiohttp", reason="the bench drives ComfyUI, whose aiohttp is not installed")
 pytest.importorskip("PIL", reason="the bench draws a chart with Pillow, which is not installed")
 
-from dha.config import DHAConfig
 from dha.presets import PRESETS
 from dha.sites import SITES, Architecture
-from dha.student import Student
+from dha.student import FREE_CONFIG, Student
 from workflows.bench.subjects import TITLES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -63,13 +63,15 @@ def count_pairs(keys_of_level) -> int:
 
 def count_dha_pairs(preset: str, stretch: int = 0, **trained) -> int:
     """Pairs of a student's plan, from the library rather than from the bench."""
-    config = DHAConfig(levels=(0, 1), **trained)
+    config = replace(FREE_CONFIG, **trained)
     student = Student(config, Architecture({site.name: 32 for site in SITES}, 128, 128))
 
     def count(level: int, tokens: int) -> int:
         spending = PRESETS[preset].stretches[stretch]
         plan = student.plan(HEIGHT // 8 >> level, WIDTH // 8 >> level, spending.token_budget, spending.max_tokens)
-        return plan.coarse + plan.chosen + config.memory if level in config.levels else tokens
+        near = plan.coarse + plan.chosen + config.memory
+        # What all landmarks see together is as much as all tokens see of the landmarks.
+        return near + 2 * plan.landmarks if level in config.levels else tokens
 
     return count_pairs(count)
 
@@ -131,7 +133,8 @@ def test_single_layers_are_timed_with_the_keys_of_their_preset(document):
     ]  # fmt: skip
     pairs = {s["name"]: s["attention_pairs"] for s in layers[1]["subjects"] if "error" not in s}
     assert pairs["plain"] == 256 * 256 and pairs["ceiling"] == 0 and pairs["kv2"] == 256 * 64
-    assert pairs["dha-balanced"] <= 256 * 32 < pairs["student-balanced"] == 256 * (32 + MEMORY)
+    marks = 51  # at most 64, see `dha.landmarks`
+    assert pairs["dha-balanced"] == 256 * (16 + 2 * marks) == pairs["student-balanced"] - 256 * MEMORY
     assert pairs["official-0.5"] == 128 * 128
 
 

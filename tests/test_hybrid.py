@@ -39,7 +39,13 @@ SETTINGS = {
     "grid alone": {},
     "grid and router": {"router_width": 8},
     "grid and memory": {"memory": 3},
+    "grid and landmarks": {"landmarks": 12},
+    "all parts and landmarks": {**FULL, "landmarks": 12},
 }
+
+
+def site_landmarks(name):
+    return SETTINGS[name].get("landmarks", 0)
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -49,7 +55,7 @@ def test_fast_path_matches_the_oracle_in_outputs_and_gradients(name, height, wid
     torch.manual_seed(1)
     routed = site.router is not None
     budget = 0.2 if height < 30 else 0.02
-    plan = plan_context(height, width, budget, 0.5, 4096, routed)
+    plan = plan_context(height, width, budget, 0.5, 4096, routed, site_landmarks(name))
     x = torch.randn(batch, height * width, CHANNELS, requires_grad=True)
     emb = torch.randn(batch, EMBEDDING)
     oracle_site, oracle_layer, oracle_x = copy.deepcopy(site), copy.deepcopy(layer), x.detach().clone().requires_grad_()
@@ -104,8 +110,8 @@ def test_a_student_needs_no_mask_where_no_gradient_is_asked_for():
     site, _ = make_layer(**FULL)
     x, emb, plan = torch.randn(2, 64, CHANNELS), torch.randn(2, EMBEDDING), ContextPlan(8, 8, (4, 2), 8)
     with torch.no_grad():
-        assert site.build_context(x, emb, plan).log_weights is None
-    weights = site.build_context(x, emb, plan).log_weights
+        assert site.build_context(x, emb, plan).mixing.log_weights is None
+    weights = site.build_context(x, emb, plan).mixing.log_weights
     assert weights.requires_grad and not weights.any()
 
 

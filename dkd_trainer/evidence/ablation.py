@@ -9,6 +9,7 @@ from pathlib import Path
 
 from dha.config import DHAConfig
 from dha.sites import SITES
+from dha.student import FREE_CONFIG
 from dha.whole_file import write_whole
 
 from ..data.corpus import open_corpus
@@ -162,7 +163,7 @@ def measure_untrained(
 
     Returns the configurations of the training-free forms by name.
     """
-    plain = DHAConfig(levels=student.levels, token_budget=student.token_budget)
+    plain = replace(FREE_CONFIG, levels=student.levels, token_budget=student.token_budget)
     richer = match_budget(plain, count_cost(student, side, channels), side, channels)
     free = [(training_free(c.levels, spend_budget(c.token_budget)), c) for c in dict.fromkeys((plain, richer))]
     contexts = list_context_rows(student.levels) if "contexts" in args.groups else []

@@ -20,14 +20,18 @@ def count_cost(config: DHAConfig, side: int, channels: int) -> int:
         external = 2 * tokens * channels**2  # as many slots over all heads as there are channels
         return external + tokens * channels + 4 * keys * channels**2 + 2 * keys**2 * channels
     routed = bool(config.router_width)
-    plan = plan_context(side, side, config.token_budget, config.coarse_share, config.max_tokens, routed)
+    plan = plan_context(
+        side, side, config.token_budget, config.coarse_share, config.max_tokens, routed, config.landmarks
+    )
     keys = plan.coarse + plan.chosen + config.memory
-    rows = {"q": tokens, "k": keys, "v": keys, "out": tokens}
+    whole = keys + tokens if plan.step else keys
+    rows = {"q": tokens, "k": whole, "v": whole, "out": tokens}
     deltas = sum(2 * rows[name] * channels * config.rank for name in config.deltas if config.rank)
     local = tokens * config.local * (2 * channels + REACH**2)
     gathering = 2 * tokens * config.memory * channels
     projections = sum(rows.values()) * channels**2
-    return projections + deltas + local + gathering + 2 * tokens * keys * channels + routed * tokens * channels
+    pairs = tokens * (keys + 2 * plan.landmarks)  # a landmark looks at all tokens, and is looked at by all of them
+    return projections + deltas + local + gathering + 2 * pairs * channels + routed * tokens * channels
 
 
 def match_budget(config: DHAConfig, cost: int, side: int, channels: int) -> DHAConfig:

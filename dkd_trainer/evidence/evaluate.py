@@ -29,6 +29,13 @@ def read_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace
         "--ends", type=end, nargs="+", default=[], help="shares of the schedule before an exact rest, own budgets"
     )
     parser.add_argument(
+        "--landmarks",
+        type=int,
+        nargs="+",
+        default=[],
+        help="numbers of landmarks, own budgets (each student's own; 64)",
+    )
+    parser.add_argument(
         "--stretches",
         type=parse_stretches,
         nargs="+",
@@ -45,7 +52,7 @@ def list_subjects(args: argparse.Namespace, comparison: Comparison) -> list[Subj
     """The null band, DHA at every budget, end and preset, and peers at the first student's levels; or ValueError."""
     students = read_students(args.students, comparison.teacher)
     subjects = list_null_band(args.steps, comparison.teacher.device)
-    subjects += list_students(students, args.budgets, args.ends, args.presets, args.stretches)
+    subjects += list_students(students, args.budgets, args.ends, args.presets, args.stretches, args.landmarks)
     if not args.no_peers:
         subjects += list_fewer_steps(args.steps) + list_peers(peer_levels(students))
     names = [subject.name for subject in subjects]

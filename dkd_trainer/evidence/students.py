@@ -9,10 +9,9 @@ from typing import NamedTuple
 import torch
 
 from dha.checkpoint import check_architecture, load_student
-from dha.config import DHAConfig
 from dha.patch import OWN
 from dha.presets import NO_CAP, PRESETS, Preset, Stretch
-from dha.student import Student
+from dha.student import FREE_CONFIG, Student
 
 from ..engine.imitation import student_options
 from ..host import Teacher
@@ -53,6 +52,12 @@ def spend_budget(budget: float) -> Spending:
     return Spending(f"{100 * budget:.4g} % of the keys", "", percent(budget), Preset((Stretch(budget, NO_CAP),)))
 
 
+def spend_landmarks(budget: float, landmarks: int) -> Spending:
+    """A share of the keys with that many landmarks at most, in all steps."""
+    name = f"{spend_budget(budget).name}, {landmarks} landmarks"
+    return Spending(name, ", landmarks", f"{landmarks}", Preset((Stretch(budget, NO_CAP, landmarks=landmarks),)))
+
+
 def spend_until(budget: float, end: float) -> Spending:
     """A share of the keys in the steps before `end`, all keys in those after it."""
     name = f"{spend_budget(budget).name} until {100 * end:.4g} %"
@@ -67,9 +72,12 @@ def spend_stretches(preset: Preset) -> Spending:
     return Spending(name, ", stretches", ", ".join(percent(s.token_budget) for s in preset.stretches), preset)
 
 
-def list_spendings(own: float, budgets: list[float] | None, ends: list[float], more: list[Spending]) -> list[Spending]:
-    """What a student is evaluated at: the budgets or its own one, its own one until each end, and `more`."""
-    return [*(spend_budget(b) for b in budgets or [own]), *(spend_until(own, end) for end in ends), *more]
+def list_spendings(
+    own: float, budgets: list[float] | None, ends: list[float], landmarks: list[int], more: list[Spending]
+) -> list[Spending]:
+    """What a student is evaluated at: the budgets or its own one; that until each end, with `landmarks`; and `more`."""
+    first = [*(spend_budget(b) for b in budgets or [own]), *(spend_until(own, end) for end in ends)]
+    return [*first, *(spend_landmarks(own, number) for number in landmarks), *more]
 
 
 def list_students(
@@ -78,13 +86,14 @@ def list_students(
     ends: Sequence[float] = (),
     presets: bool = False,
     stretches: Sequence[Preset] = (),
+    landmarks: Sequence[int] = (),
 ) -> list[Subject]:
     """Each student as `list_spendings` says, after the training-free form of the same.
 
     Students of mode `official` have no budget and come once.
     """
     more = [Spending(f"preset {name}", ", presets", name, p) for name, p in PRESETS.items() if presets]
-    further = (budgets, list(ends), [*more, *map(spend_stretches, stretches)])
+    further = (budgets, list(ends), list(landmarks), [*more, *map(spend_stretches, stretches)])
     own = dict.fromkeys(s.config.token_budget for s in students.values() if s.config.mode == "hybrid")
     spendings = dict.fromkeys(spending for budget in own or [0.125] for spending in list_spendings(budget, *further))
     subjects = [training_free(peer_levels(students), spending) for spending in spendings]
@@ -98,7 +107,7 @@ def list_students(
 
 def training_free(levels: tuple[int, ...], spending: Spending) -> Subject:
     """The same context without any training."""
-    config = DHAConfig(levels=levels)
+    config = dataclasses.replace(FREE_CONFIG, levels=levels)
 
     def build(stretch: Stretch, teacher: Teacher, _side: int) -> dict:
         return student_options(Student(config, teacher.architecture), stretch)
@@ -133,7 +142,7 @@ def stretch_subject(first: Subject, preset: Preset, build: Callable[[Stretch, Te
     """A subject that goes through the stretches of a preset, each built by `build`."""
     subject = None
     for stretch in reversed(preset.stretches):
-        identity = f"{first.identity} {stretch.token_budget} {stretch.max_tokens} {stretch.trained}"
+        identity = " ".join(map(str, (first.identity, *dataclasses.astuple(stretch))))
         own = {"build": partial(build, stretch), "identity": identity, "end": stretch.end, "then": subject}
         subject = dataclasses.replace(first, **own)
     return subject

@@ -99,35 +99,29 @@ def run_strided(attention: nn.Module, x: Tensor, side: tuple[int, int]) -> Tenso
 
 def run_hybrid(attention: nn.Module, site: nn.Module, x: Tensor, emb: Tensor, plan, grid: Tensor | None) -> Tensor:
     """As `dha.patch` does it inside of a block, with the user's attention kernel."""
-    keys, values, weights, _ = site.build_context(x, emb, plan, grid)
-    q, k, v = (site.correct(name, tokens) for name, tokens in (("q", x), ("k", keys), ("v", values)))
-    mask = None if weights is None else weights[:, None, None].to(x.dtype)
-    attend = import_from_pack("nodes.apply").attend
-    mixed = attend(attention.to_q(q), attention.to_k(k), attention.to_v(v), {"n_heads": attention.heads}, mask)
-    out = site.correct("out", attention.to_out(mixed))
-    return out if site.local is None else out + site.local(x, emb, plan.height, plan.width)
+    return site(attention, import_from_pack("nodes.apply").attend, x, emb, plan, attention.heads, grid)
 
 
-def plan_hybrid(layer: Layer, share: float, most: int, config):
+def plan_hybrid(layer: Layer, stretch, config):
     """The plan of a layer, and its grid on the CPU."""
     routing = import_from_pack("dha.routing")
-    plan = routing.plan_context(*layer.side, share, config.coarse_share, most, bool(config.router_width))
+    spent = (stretch.token_budget, config.coarse_share, stretch.max_tokens)
+    plan = routing.plan_context(*layer.side, *spent, bool(config.router_width), config.landmarks)
     return plan, routing.coarse_indices(plan, torch.device("cpu"))
 
 
-def list_budgets() -> dict[str, tuple[float, int]]:
-    """Share of the keys and their cap by name: presets, then plain shares."""
-    presets = import_from_pack("dha.presets").PRESETS
-    firsts = {name: preset.stretches[0] for name, preset in presets.items()}
-    named = {name: (stretch.token_budget, stretch.max_tokens) for name, stretch in firsts.items()}
-    order = ("balanced", "fast", "quality")
-    return {name: named[name] for name in order} | {f"{share:g}": (share, 1 << 30) for share in SHARES}
+def list_stretches() -> dict[str, Any]:
+    """How keys are spent, by name: as in the first half of the presets, then plain shares."""
+    presets = import_from_pack("dha.presets")
+    named = {name: presets.PRESETS[name].stretches[0] for name in ("balanced", "fast", "quality")}
+    return named | {f"{share:g}": presets.Stretch(share, presets.NO_CAP) for share in SHARES}
 
 
 def enter_layers(layer: Layer, device: torch.device, dtype: torch.dtype) -> list[Entrant]:
     """Plain attention, the ceiling, ours training-free and trained, and the peers, for a contest."""
     attention, (x, emb) = build_attention(layer, device, dtype), draw_tokens(layer, device, dtype)
     tokens, build = layer.tokens, import_from_pack("dha.config").DHAConfig
+    free = import_from_pack("dha.student").FREE_CONFIG
 
     def enter(name: str, title: str, run: Callable[[], Tensor], keys: int) -> Entrant:
         return Entrant(name, title, run, work=layer.work(keys), family=("layer", name, layer.level, layer.batch))
@@ -136,9 +130,9 @@ def enter_layers(layer: Layer, device: torch.device, dtype: torch.dtype) -> list
         enter("plain", "the layer as it is", partial(attention, x), tokens),
         enter("ceiling", "no token mixing, projections kept", partial(run_ceiling, attention, x), 0),
     ]
-    for name, (share, most) in list_budgets().items():
-        for kind, config in (("dha", build()), ("student", build(**TRAINED))):
-            plan, grid = plan_hybrid(layer, share, most, config)
+    for name, stretch in list_stretches().items():
+        for kind, config in (("dha", free), ("student", build(**TRAINED))):
+            plan, grid = plan_hybrid(layer, stretch, config)
             site = build_site(layer, config, device, dtype)
             run = partial(run_hybrid, attention, site, x, emb, plan, grid.to(device))
             keys = plan.coarse + plan.chosen
@@ -159,7 +153,7 @@ def list_parts(attention: nn.Module, site: nn.Module, x: Tensor, emb: Tensor, pl
     yield "layer", partial(run_hybrid, attention, site, x, emb, plan, grid)
     yield "context", partial(lambda: site.build_context(x, emb, plan, grid).keys)
     yield "context: gathering", partial(hybrid.take_tokens, x, None, grid)
-    keys, values, weights, _ = site.build_context(x, emb, plan, grid)
+    keys, values, mixing, _ = site.build_context(x, emb, plan, grid)
     if site.local is not None:
         yield "local branch", partial(site.local, x, emb, plan.height, plan.width)
     if site.deltas:
@@ -168,16 +162,24 @@ def list_parts(attention: nn.Module, site: nn.Module, x: Tensor, emb: Tensor, pl
     yield "projections of q and out", lambda: attention.to_out(attention.to_q(x))
     yield "projections of k and v", lambda: (attention.to_k(keys), attention.to_v(values))[0]
     q, k, v = attention.to_q(x), attention.to_k(keys), attention.to_v(values)
-    mask = None if weights is None else weights[:, None, None].to(x.dtype)
-    attend = import_from_pack("nodes.apply").attend
-    yield "attention", lambda: attend(q, k, v, {"n_heads": attention.heads}, mask)
+    attend, options = import_from_pack("nodes.apply").attend, {"n_heads": attention.heads}
+    yield "attention", lambda: mixing.run(attend, q, k, v, options)
+    near = mixing.short
+    yield "attention: to the short context", lambda: attend(q, k[:, :near], v[:, :near], options, None)
+    marks = import_from_pack("dha.landmarks")
+    few = marks.pick_landmarks(q, plan.step)
+    yield "attention: of landmarks to all", lambda: attend(few, k[:, near:], v[:, near:], options, None)
+    carriers = marks.solve_carriers(few, few, attention.heads)
+    yield "attention: the system", lambda: marks.solve_carriers(few, few, attention.heads)[0]
+    yield "attention: to the landmarks", lambda: attend(q, *carriers, options, None)
 
 
 @torch.inference_mode()
 def enter_parts(layer: Layer, trained: bool, device: torch.device, dtype: torch.dtype) -> list[Entrant]:
     """Where the time of one hybrid layer goes, preset balanced, for a contest: every part on its own."""
-    config = import_from_pack("dha.config").DHAConfig(**(TRAINED if trained else {}))
-    plan, grid = plan_hybrid(layer, *list_budgets()["balanced"], config)
+    free, build = import_from_pack("dha.student").FREE_CONFIG, import_from_pack("dha.config").DHAConfig
+    config = build(**TRAINED) if trained else free
+    plan, grid = plan_hybrid(layer, list_stretches()["balanced"], config)
     attention, (x, emb) = build_attention(layer, device, dtype), draw_tokens(layer, device, dtype)
     site = build_site(layer, config, device, dtype)
     parts = list_parts(attention, site, x, emb, plan, grid.to(device))

@@ -11,7 +11,7 @@ from torch import Tensor
 from .backends import BACKENDS
 from .model import draw_weights, import_from_pack
 
-TRAINED = {"memory": 32, "rank": 8, "local": 16, "blend": True}
+TRAINED = {"landmarks": 64, "memory": 32, "rank": 8, "local": 16}
 STUDENT = "DHA student (32 memory tokens, rank 8, local branch)"
 # The most telling ones first: where time is short, the last ones are left out.
 TITLES = {

@@ -1,0 +1,96 @@
+"""Landmarks: what a short context misses is carried from a few queries to all, on any kernel and at any size."""
+
+from functools import partial
+
+import pytest
+import torch
+
+from dha.landmarks import attend_landmarks, choose_step, pick_landmarks, solve_carriers
+from dha.patch import plain_attention
+from dha.routing import plan_context
+
+HEADS, WIDTH = 2, 16
+OPTIONS = {"n_heads": HEADS}
+
+
+def draw_smooth(height: int, width: int, batch: int = 2) -> torch.Tensor:
+    """Queries (B, N, C) as a picture has them: low frequencies and a little noise."""
+    generator = torch.Generator().manual_seed(3)
+    coarse = torch.randn(batch, HEADS * WIDTH, 4, 4, generator=generator)
+    smooth = torch.nn.functional.interpolate(coarse, size=(height, width), mode="bicubic")
+    return (smooth + 0.1 * torch.randn(smooth.shape, generator=generator)).flatten(2).transpose(1, 2).contiguous()
+
+
+def measure_miss(step: int, keys: int = 32) -> float:
+    """Relative error of attention to `keys` of 1,024 tokens, with every `step`-th query a landmark or without any."""
+    x = draw_smooth(32, 32)
+    picks = torch.randperm(1024, generator=torch.Generator().manual_seed(5))[:keys]
+    exact = plain_attention(x, x, x, OPTIONS, None)
+    short = x[:, picks]
+    if step:
+        both = torch.cat([short, x], 1)
+        out = attend_landmarks(plain_attention, x, both, both, None, keys, step, OPTIONS)
+    else:
+        out = plain_attention(x, short, short, OPTIONS, None)
+    return ((out - exact).norm() / exact.norm()).item()
+
+
+def test_landmarks_take_most_of_the_error_away_and_more_of_them_more():
+    without, few, many = measure_miss(0), measure_miss(64), measure_miss(8)
+    assert few < 0.8 * without and many < 0.25 * without
+
+
+def test_at_a_landmark_the_answer_is_that_of_all_keys():
+    x = draw_smooth(16, 16)
+    both = torch.cat([x[:, :20], x], 1)
+    out = attend_landmarks(plain_attention, x, both, both, None, 20, 8, OPTIONS)
+    exact, short = (
+        plain_attention(x, x, x, OPTIONS, None),
+        plain_attention(x, both[:, :20], both[:, :20], OPTIONS, None),
+    )
+    left, before = ((pick_landmarks(y - exact, 8)).norm() for y in (out, short))
+    assert left < 0.1 * before
+
+
+def test_an_error_that_is_the_same_everywhere_goes_away_altogether():
+    marks = draw_smooth(16, 16)[:, ::8]
+    missed = torch.ones_like(marks) * torch.linspace(-1, 1, HEADS * WIDTH)
+    keys, values = solve_carriers(marks, missed, HEADS)
+    elsewhere = plain_attention(draw_smooth(16, 16), keys, values, OPTIONS, None)
+    torch.testing.assert_close(elsewhere, missed[:, :1].expand_as(elsewhere), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype,most", [(torch.bfloat16, 0.02), (torch.float16, 0.005)])
+def test_half_precision_carries_the_same(dtype, most):
+    x = draw_smooth(16, 16)
+    run = partial(attend_landmarks, plain_attention, mask=None, short=20, step=8, options=OPTIONS)
+    both = torch.cat([x[:, :20], x], 1)
+    exact = run(x, both, both)
+    cast = run(x.to(dtype), both.to(dtype), both.to(dtype))
+    assert cast.dtype == dtype
+    assert (cast.float() - exact).norm() / exact.norm() < most
+
+
+@pytest.mark.parametrize("value", [0.0, 3.0, 1e4])
+def test_queries_that_are_all_the_same_give_a_number(value):
+    x = torch.full((1, 64, HEADS * WIDTH), value)
+    both = torch.cat([x[:, :8], x], 1)
+    out = attend_landmarks(plain_attention, x, both, both, None, 8, 4, OPTIONS)
+    torch.testing.assert_close(out, x)
+
+
+@pytest.mark.parametrize("height,width", [(64, 64), (96, 96), (128, 128), (104, 152), (45, 61), (16, 16), (256, 256)])
+def test_landmarks_cover_the_picture_evenly(height, width):
+    step = choose_step(height, width, 64)
+    numbers = torch.arange(height * width)[step // 2 :: step]
+    assert 48 <= len(numbers) <= 64
+    places = torch.stack([numbers // width, numbers % width], 1).float()
+    everywhere = torch.cartesian_prod(torch.arange(height), torch.arange(width)).float()
+    farthest = torch.cdist(everywhere, places).min(1).values.max().item()
+    assert farthest < 1.6 * (height * width / len(numbers)) ** 0.5  # 0.71 for a square grid, borders left out
+
+
+def test_there_are_none_where_they_would_be_most_of_the_tokens():
+    assert plan_context(8, 8, 0.125, 1.0, 4096, False, landmarks=64).landmarks == 0
+    assert plan_context(16, 16, 0.125, 1.0, 4096, False, landmarks=64).landmarks == 51
+    assert plan_context(16, 16, 0.125, 1.0, 4096, False).landmarks == 0
