@@ -65,16 +65,16 @@ def mix_steps(ends: Sequence[float], steps: Sequence[float]) -> float:
 NO_CAP = 1 << 30  # keys: a share of the tokens stays that share at every size
 
 
-def rise(token_budget: float, max_tokens: int, end: float) -> Preset:
+def rise(token_budget: float, max_tokens: int) -> Preset:
     """A preset whose second half has twice the keys: what the last steps get wrong no later one makes good."""
-    second = Stretch(2 * token_budget, 2 * max_tokens, end, trained=2 * token_budget < UNTRAINED_FROM)
+    second = Stretch(2 * token_budget, 2 * max_tokens, 0.95, trained=2 * token_budget < UNTRAINED_FROM)
     return Preset((Stretch(token_budget, max_tokens, 0.5), second))
 
 
 # The caps are reached at 768x768, 9216 tokens at the finest level. With a share of the tokens the error halves when the
 # sides double, with a number of them it grows by two fifths: up to 2048x2048 it stays below that at 512x512.
 PRESETS = {
-    "quality": rise(0.125, 1152, 0.9),
-    "balanced": rise(0.0625, 576, 0.9),
-    "fast": rise(0.03125, 288, 0.95),
+    "quality": rise(0.125, 1152),
+    "balanced": rise(0.0625, 576),
+    "fast": rise(0.03125, 288),
 }

@@ -71,7 +71,7 @@ def test_the_order_of_dha_and_control_does_not_matter(studio, student, control, 
 
 def test_where_a_presets_trained_parts_rest_they_rest_in_the_branch_too(studio, student, control, source):
     trained, free = (
-        accelerate(studio, control, source, studio.apply(student=each, preset="balanced")) for each in (student, None)
+        accelerate(studio, control, source, studio.apply(student=each, preset="quality")) for each in (student, None)
     )
     late = {"steps": 6, "denoise": 0.4}
     assert torch.equal(studio.draw(trained, **late), studio.draw(free, **late))

@@ -208,7 +208,7 @@ def test_stretches_are_rows_and_plain_ones_run_untrained(arguments, student, out
 def test_presets_and_ends_are_rows_of_their_own(arguments, student, out):
     from dkd_trainer.evidence import evaluate
 
-    more = ["--students", student, "--no-peers", "--ends", "0.5", "--presets", "--rounds", "1"]
+    more = ["--students", student, "--no-peers", "--ends", "0.5", "--presets", "--landmarks", "16", "--rounds", "1"]
     evaluate.evaluate(read(arguments, *more))
     document = json.loads((out / "evaluation.json").read_text())
     rows, times = document["rows"], document["timing"][0]["subjects"]
@@ -217,7 +217,9 @@ def test_presets_and_ends_are_rows_of_their_own(arguments, student, out):
         assert 0 < rows[half]["error mean"] < rows[whole]["error mean"] and rows[half]["error 0-100"] == 0
         assert times[half]["attention_pairs"] == pytest.approx((1 + times[whole]["attention_pairs"]) / 2)
         assert {f"{kind}, preset {name}" for name in ("quality", "balanced", "fast")} <= set(rows)
-        assert rows[f"{kind}, preset fast"]["error 0-100"] > 0 == rows[f"{kind}, preset quality"]["error 0-100"]
+        assert rows[f"{kind}, preset fast"]["error 0-100"] > 0
+    free = "DHA, training-free, 12.5 % of the keys"
+    assert 0 < rows[f"{free}, 16 landmarks"]["error mean"] < rows[free]["error mean"], "64 are too many for 64 tokens"
 
 
 def test_the_short_sheet_says_whose_difference_it_shows(arguments, student, out):

@@ -65,7 +65,7 @@ def test_the_second_half_of_a_presets_sampling_has_twice_the_keys(name):
 
 def test_a_timestep_lies_in_the_stretch_that_has_not_ended_yet():
     preset = PRESETS["balanced"]
-    found = [preset.find_stretch(timestep) for timestep in (999, 499.5, 499, 99.9, 99, 0)]
+    found = [preset.find_stretch(timestep) for timestep in (999, 499.5, 499, 50, 49, 0)]
     assert found == [0, 0, 1, 1, None, None]
     assert Preset((Stretch(0.1),)).find_stretch(0) == 0
 
@@ -180,12 +180,12 @@ def test_figures_that_were_not_measured_are_left_out_of_the_tooltip(measured):
 
 
 def test_a_presets_speed_in_the_tooltip_is_that_of_a_whole_sampling(measured):
-    """Five steps at four times the speed, four at twice, one at the old: 10 / (5 / 4 + 4 / 2 + 1)."""
+    """Of twenty steps ten at four times the speed, nine at twice, one at the old: 20 / (10 / 4 + 9 / 2 + 1)."""
     preset = PRESETS["balanced"]
-    assert preset.end == 0.9 and preset.relate_sampling([0.25, 0.5]) == pytest.approx(0.425)
+    assert preset.end == 0.95 and preset.relate_sampling([0.25, 0.5]) == pytest.approx(0.4)
     line = measured.describe_presets({"presets": {"balanced": {"speed": {"768": [4.0, 2.0]}}}}).splitlines()[1]
-    said = "6.25 % of the tokens, 576 at most, from 50 % of the schedule on 12.5 %, 1152, in the last 10 % all"
-    assert said in line and line.endswith("768 2.35x")
+    said = "6.25 % of the tokens, 576 at most, from 50 % of the schedule on 12.5 %, 1152, in the last 5 % all"
+    assert said in line and line.endswith("768 2.50x")
     assert describe_one(measured) == "10 % of the tokens, 9 at most"
 
 

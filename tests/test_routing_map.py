@@ -129,9 +129,9 @@ def test_a_training_free_model_shows_its_grid_alone(studio, draw_map):
 
 
 def test_keys_that_grow_in_number_are_said(studio, draw_map, student):
-    """With a router, which rests in the second half of `balanced`, and without a student."""
+    """With a router, which rests in the second half of `quality`, and without a student."""
     trained, free = (
-        draw_map(studio.apply(student=each, levels="finest", preset="balanced"), steps=6)[2] for each in (student, None)
+        draw_map(studio.apply(student=each, levels="finest", preset="quality"), steps=6)[2] for each in (student, None)
     )
     assert (free["grid"], free["later_grid"], free["chosen"], free["later_chosen"]) == (32, 64, 0, 0)
     assert trained["grid"] + trained["chosen"] == 32 > trained["grid"] and trained["chosen"] > 0
