@@ -22,6 +22,13 @@ def parse_share(what: str, of: str, text: str) -> float:
     return share
 
 
+def parse_landmarks(text: str) -> int:
+    """A number of landmarks for an option; raises ArgumentTypeError for anything but a whole number from 0 on."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"landmarks {text!r}, expected a whole number from 0 on")
+    return int(text)
+
+
 def parse_stretches(text: str) -> Preset:
     """`0.125:0.5,0.25:0.9:plain`: shares of the keys until shares of the schedule, `plain` without trained parts.
 

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from ..host import ROOT
-from .commands import parse_share, parse_stretches, run_command
+from .commands import parse_landmarks, parse_share, parse_stretches, run_command
 from .comparison import Comparison, add_arguments
 from .peers import list_fewer_steps, list_peers
 from .report import write_report
@@ -30,7 +30,7 @@ def read_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace
     )
     parser.add_argument(
         "--landmarks",
-        type=int,
+        type=parse_landmarks,
         nargs="+",
         default=[],
         help="numbers of landmarks, own budgets (each student's own; 64)",
