@@ -1,6 +1,7 @@
 """The hybrid context: queries stay whole, keys and values shrink to grid, chosen and memory tokens."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .config import DHAConfig
-from .landmarks import attend_landmarks
+from .landmarks import carry_missed
 from .local import LocalMix
 from .memory import Memory
 from .routing import ContextPlan, Router, cell_means, coarse_indices
@@ -61,25 +62,33 @@ class Mixing(NamedTuple):
     """How queries see a context once it is projected: `log_weights` (B, m) are added to its logits.
 
     They are zeros that carry the router's gradient, and None where none is asked for. With landmarks, every `step`-th
-    query, the context is the first `short` of the keys, and all N tokens follow behind it.
+    query, all N tokens are projected: the context is the `picks` (chosen, grid) of them, or without those it is the
+    first `short` keys, and the N follow behind it.
     """
 
     log_weights: Tensor | None = None
     short: int = 0
     step: int = 0
+    picks: tuple[Tensor | None, Tensor | None] | None = None
 
     def run(self, attend: Callable, q: Tensor, k: Tensor, v: Tensor, options: dict) -> Tensor:
-        """Attention of q (B, N, C) to k and v (B, m, C), or (B, m + N, C); `attend` is as in `dha.patch`."""
+        """Attention of q (B, N, C) to projected keys and values (B, any, C); `attend` is as in `dha.patch`."""
         mask = None if self.log_weights is None else self.log_weights[:, None, None].to(q.dtype)
         if not self.step:
             return attend(q, k, v, options, mask)
-        return attend_landmarks(attend, q, k, v, mask, self.short, self.step, options)
+        if self.picks is None:
+            (near_k, k), (near_v, v) = (x.tensor_split([self.short], dim=1) for x in (k, v))
+        else:
+            near_k, near_v = (take_tokens(x, *self.picks) for x in (k, v))
+        near = attend(q, near_k, near_v, options, mask)
+        return carry_missed(partial(attend, options=options, mask=None), q, k, v, near, self.step, options["n_heads"])
 
 
 class Context(NamedTuple):
-    """Tokens (B, m, C), or (B, m + N, C), before projection to keys and to values, and how they are looked at.
+    """Tokens before projection to keys and to values, and how they are looked at once they are projected.
 
-    `chosen` are the numbers (B, k) of the tokens that the router picked, None without a router.
+    There are (B, m, C) of them, with landmarks (B, m + N, C) or (B, N, C), as `Mixing` says. `chosen` are the numbers
+    (B, k) of the tokens that the router picked, None without a router.
     """
 
     keys: Tensor
@@ -128,6 +137,9 @@ class HybridSite(nn.Module):
             chosen = scores.topk(plan.chosen, dim=1, sorted=False).indices
         if plan.coarse and grid is None:
             grid = coarse_indices(plan, x.device)
+        if plan.step and self.blend is None and self.memory is None:  # picked when projected: one copy of x less
+            weights = self.weigh(scores, chosen, plan.chosen + plan.coarse)
+            return Context(x, x, Mixing(weights, step=plan.step, picks=(chosen, grid)), chosen)
         keys = values = take_tokens(x, chosen, grid)
         if self.blend is not None and plan.coarse:
             keys, values = self.blend(keys, cell_means(x, plan))
@@ -136,15 +148,19 @@ class HybridSite(nn.Module):
             same = values is keys
             keys = torch.cat([keys, memory], dim=1)
             values = keys if same else torch.cat([values, memory], dim=1)
-        weights = None
-        if scores is not None and chosen is not None and torch.is_grad_enabled():
-            weights = F.pad(straight_through(scores.gather(1, chosen)), (0, keys.shape[1] - plan.chosen))
-        mixing = Mixing(weights, keys.shape[1], plan.step)
+        mixing = Mixing(self.weigh(scores, chosen, keys.shape[1]), keys.shape[1], plan.step)
         if plan.step:
             same = values is keys
             keys = torch.cat([keys, x], dim=1)
             values = keys if same else torch.cat([values, x], dim=1)
         return Context(keys, values, mixing, chosen)
+
+    @staticmethod
+    def weigh(scores: Tensor | None, chosen: Tensor | None, count: int) -> Tensor | None:
+        """`Mixing.log_weights` of `count` keys, the first of which are those that the router chose by its scores."""
+        if scores is None or chosen is None or not torch.is_grad_enabled():
+            return None
+        return F.pad(straight_through(scores.gather(1, chosen)), (0, count - chosen.shape[1]))
 
     def forward(
         self,

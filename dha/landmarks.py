@@ -41,18 +41,16 @@ def pick_landmarks(q: Tensor, step: int) -> Tensor:
     return q[:, step // 2 :: step]
 
 
-def attend_landmarks(
-    attend: Callable, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, short: int, step: int, options: dict
-) -> Tensor:
-    """Attention of q (B, N, C) to the first `short` of k and v (B, short + N, C), as if it were to the N behind them.
+def carry_missed(attend: Callable, q: Tensor, k: Tensor, v: Tensor, near: Tensor, step: int, heads: int) -> Tensor:
+    """What q (B, N, C) would see of all k and v (B, N, C), from what they see `near` (B, N, C), in a short context.
 
-    `attend(q, k, v, options, mask)` is as in `dha.patch`, the mask (B, 1, 1, short) or None.
+    `attend(q, k, v)` is an attention of `heads` heads that divides logits by the root of a head's width. Without
+    gradients `near` is written into.
     """
-    near = attend(q, k[:, :short], v[:, :short], options, mask)
     marks = pick_landmarks(q, step)
-    missed = attend(marks, k[:, short:], v[:, short:], options, None) - pick_landmarks(near, step)
-    keys, values = solve_carriers(marks, missed, options["n_heads"])
-    return near + attend(q, keys, values, options, None)
+    missed = attend(marks, k, v) - pick_landmarks(near, step)
+    carried = attend(q, *solve_carriers(marks, missed, heads))
+    return near + carried if near.requires_grad else near.add_(carried)
 
 
 def solve_carriers(marks: Tensor, missed: Tensor, heads: int) -> tuple[Tensor, Tensor]:

@@ -193,7 +193,10 @@ def make_patches(
         if call is None:
             return attend(q, k, v, options, None)
         # A later patch may have tiled the queries: every tile sees all keys, so that they are one picture's again.
-        return call.mixing.run(attend, q.reshape(len(k), -1, q.shape[-1]), k, v, options).view(q.shape)
+        out = call.mixing.run(attend, q.reshape(len(k), -1, q.shape[-1]), k, v, options).view(q.shape)
+        if call.mixing.step:
+            release(k, v)
+        return out
 
     def output_patch(out: Tensor, options: dict) -> Tensor:
         call = options.get(STATE)
@@ -212,6 +215,13 @@ def make_patches(
         return x if call is None or call.local is None else x + call.local
 
     return Patches(emb_patch, attn1_patch, attn1_replace, output_patch, middle_patch, list(sites))
+
+
+def release(*tensors: Tensor) -> None:
+    """Empty tensors that nobody reads any more: the host's block holds all keys and values on to its memory peak."""
+    if not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
+        for tensor in tensors:
+            tensor.set_()
 
 
 def find_owned(options: dict, blocks: Iterable[tuple[str, int]], replace: Callable) -> frozenset[tuple[str, int]]:

@@ -33,8 +33,9 @@ class ApplyDHA(io.ComfyNode):
             category="DHA",
             description=(
                 "Makes a Stable Diffusion 2.x model faster: in self-attention each token looks at a short list of "
-                "tokens instead of at all of them; a small student file, distilled from your checkpoint, makes up for "
-                "the rest. Works with LoRA, ControlNet, HyperTile and ToMe before or after it."
+                "tokens instead of at all of them, and a few that look at all tell the others what they miss; a small "
+                "student file, distilled from your checkpoint, makes up for more of the rest. Works with LoRA, "
+                "ControlNet, HyperTile and ToMe before or after it."
             ),
             inputs=[
                 io.Model.Input("model", tooltip="A Stable Diffusion 2.0 or 2.1 model, fine-tunes and LoRAs included."),

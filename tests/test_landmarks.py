@@ -5,12 +5,12 @@ from functools import partial
 import pytest
 import torch
 
-from dha.landmarks import attend_landmarks, choose_step, pick_landmarks, solve_carriers
+from dha.landmarks import carry_missed, choose_step, pick_landmarks, solve_carriers
 from dha.patch import plain_attention
 from dha.routing import plan_context
 
 HEADS, WIDTH = 2, 16
-OPTIONS = {"n_heads": HEADS}
+attend = partial(plain_attention, options={"n_heads": HEADS}, mask=None)
 
 
 def draw_smooth(height: int, width: int, batch: int = 2) -> torch.Tensor:
@@ -25,13 +25,11 @@ def measure_miss(step: int, keys: int = 32) -> float:
     """Relative error of attention to `keys` of 1,024 tokens, with every `step`-th query a landmark or without any."""
     x = draw_smooth(32, 32)
     picks = torch.randperm(1024, generator=torch.Generator().manual_seed(5))[:keys]
-    exact = plain_attention(x, x, x, OPTIONS, None)
+    exact = attend(x, x, x)
     short = x[:, picks]
+    out = attend(x, short, short)
     if step:
-        both = torch.cat([short, x], 1)
-        out = attend_landmarks(plain_attention, x, both, both, None, keys, step, OPTIONS)
-    else:
-        out = plain_attention(x, short, short, OPTIONS, None)
+        out = carry_missed(attend, x, x, x, out, step, HEADS)
     return ((out - exact).norm() / exact.norm()).item()
 
 
@@ -42,12 +40,8 @@ def test_landmarks_take_most_of_the_error_away_and_more_of_them_more():
 
 def test_at_a_landmark_the_answer_is_that_of_all_keys():
     x = draw_smooth(16, 16)
-    both = torch.cat([x[:, :20], x], 1)
-    out = attend_landmarks(plain_attention, x, both, both, None, 20, 8, OPTIONS)
-    exact, short = (
-        plain_attention(x, x, x, OPTIONS, None),
-        plain_attention(x, both[:, :20], both[:, :20], OPTIONS, None),
-    )
+    exact, short = attend(x, x, x), attend(x, x[:, :20], x[:, :20])
+    out = carry_missed(attend, x, x, x, short.clone(), 8, HEADS)
     left, before = ((pick_landmarks(y - exact, 8)).norm() for y in (out, short))
     assert left < 0.1 * before
 
@@ -56,17 +50,18 @@ def test_an_error_that_is_the_same_everywhere_goes_away_altogether():
     marks = draw_smooth(16, 16)[:, ::8]
     missed = torch.ones_like(marks) * torch.linspace(-1, 1, HEADS * WIDTH)
     keys, values = solve_carriers(marks, missed, HEADS)
-    elsewhere = plain_attention(draw_smooth(16, 16), keys, values, OPTIONS, None)
+    elsewhere = attend(draw_smooth(16, 16), keys, values)
     torch.testing.assert_close(elsewhere, missed[:, :1].expand_as(elsewhere), atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("dtype,most", [(torch.bfloat16, 0.02), (torch.float16, 0.005)])
 def test_half_precision_carries_the_same(dtype, most):
     x = draw_smooth(16, 16)
-    run = partial(attend_landmarks, plain_attention, mask=None, short=20, step=8, options=OPTIONS)
-    both = torch.cat([x[:, :20], x], 1)
-    exact = run(x, both, both)
-    cast = run(x.to(dtype), both.to(dtype), both.to(dtype))
+
+    def run(x):
+        return carry_missed(attend, x, x, x, attend(x, x[:, :20], x[:, :20]), 8, HEADS)
+
+    exact, cast = run(x), run(x.to(dtype))
     assert cast.dtype == dtype
     assert (cast.float() - exact).norm() / exact.norm() < most
 
@@ -74,8 +69,7 @@ def test_half_precision_carries_the_same(dtype, most):
 @pytest.mark.parametrize("value", [0.0, 3.0, 1e4])
 def test_queries_that_are_all_the_same_give_a_number(value):
     x = torch.full((1, 64, HEADS * WIDTH), value)
-    both = torch.cat([x[:, :8], x], 1)
-    out = attend_landmarks(plain_attention, x, both, both, None, 8, 4, OPTIONS)
+    out = carry_missed(attend, x, x, x, attend(x, x[:, :8], x[:, :8]), 4, HEADS)
     torch.testing.assert_close(out, x)
 
 
