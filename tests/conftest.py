@@ -17,7 +17,7 @@ from dha.student import Student
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = ROOT / "workflows" / "models" / "checkpoints" / "mini-sd21.safetensors"
 EXTRAS = ("hypertile", "tomesd", "freelunch", "pag", "sag")
-TRAINED = DHAConfig(levels=(0, 1), memory=4, rank=4, router_width=16, local=4, blend=True)
+TRAINED = DHAConfig(levels=(0, 1), landmarks=16, memory=4, rank=4, router_width=16, local=4, blend=True)
 
 TINY = {
     "student.levels": [0],

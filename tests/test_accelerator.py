@@ -13,11 +13,11 @@ from dha.control_file import ControlConfig
 from dha.frequency import dct_matrix, filter_band
 from dha.patch import WATCH, make_patches, plain_attention
 from dha.presets import PRESETS
-from dha.student import Student
+from dha.student import FREE_CONFIG, Student
 from dkd_trainer.engine.stages import Stage
 from dkd_trainer.settings import ImitationSettings, TransferSettings
 
-FREE, OFFICIAL = DHAConfig(levels=(0, 1)), DHAConfig(mode="official", token_budget=0.5, levels=(0,))
+FREE, OFFICIAL = FREE_CONFIG, DHAConfig(mode="official", token_budget=0.5, levels=(0,))
 STAGES = {
     "transfer": TransferSettings(spread=0.1),
     "one grid": TransferSettings(spread=1.0),

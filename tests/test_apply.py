@@ -244,7 +244,8 @@ def test_a_kernel_that_another_pack_gives_the_host_is_used(studio, student, monk
     studio.draw()
     expected = len(calls)
     studio.draw(patched)
-    assert len(calls) == 2 * expected > 0
+    landmarks = 2 * 10 * 2  # two more calls in each of ten layers, in two steps
+    assert len(calls) == 2 * expected + landmarks > landmarks
 
 
 class CountedSigmas(torch.Tensor):
