@@ -56,7 +56,8 @@ def carry_missed(attend: Callable, q: Tensor, k: Tensor, v: Tensor, near: Tensor
 def solve_carriers(marks: Tensor, missed: Tensor, heads: int) -> tuple[Tensor, Tensor]:
     """Keys and values (B, L, C) with which attention says at landmarks (B, L, C) what was `missed` (B, L, C) there.
 
-    Solved in fp32, without asking the device whether it could be: with the ridge it can.
+    Solved in fp32, without asking the device whether it could be: phi(l) is exp(<l, l>) with its rows scaled, no
+    eigenvalue of which is below zero, so that with the ridge it can.
     """
     with torch.autocast(marks.device.type, enabled=False):
         points, errors = (x.float().unflatten(-1, (heads, -1)).transpose(1, 2) for x in (marks, missed))
