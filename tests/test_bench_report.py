@@ -81,7 +81,7 @@ def make_layers() -> dict:
 
 
 def test_the_slower_of_student_and_training_free_decides_whether_a_layer_pays():
-    assert list_layers(make_layers()) == [[320, 65536, 1152 / 65536, 2.0], [320, 65536, 0.5, 0.8]]
+    assert list_layers(make_layers()) == [[320, 65536, 576 / 65536, 2.0], [320, 65536, 0.5, 0.8]]
 
 
 def make_steps(**seconds: float) -> dict:
@@ -130,9 +130,9 @@ def test_measured_figures_are_renewed_and_others_kept(tmp_path):
 def test_a_presets_speed_is_the_students_as_its_error_is():
     document = make_steps(dha_balanced=2.0, student_balanced=2.5, dha_fast=1.0, student_fast=1.25)
     assert list_speeds(document) == {"fast": {"speed": {"512": [3.2, 1.6]}}}
-    document = make_steps(dha_quality=2.5, student_balanced=2.0, student_fast=1.25)
+    document = make_steps(student_quality=2.5, student_balanced=2.0, student_fast=1.25)
     expected = {"balanced": {"speed": {"512": [2.0, 1.6]}}, "fast": {"speed": {"512": [3.2, 2.0]}}}
-    assert list_speeds(document) == expected, "later steps of balanced are those of quality without a student"
+    assert list_speeds(document) == expected, "later steps of balanced are those of quality"
     notes = merge({"format": "f", "layers": [], "presets": {}}, [document], {}, "c")["presets"]["notes"]
     assert notes == ["Speed: of a sampling, from a UNet step of SD-2.1 with a student, chip, 1 thread, fp16, commit 0."]
 
@@ -142,7 +142,7 @@ def test_a_presets_speed_is_the_students_as_its_error_is():
     [
         ({"dha_balanced": 2.0, "dha_fast": 1.0}, "SD-2.1 training-free, chip"),
         (
-            {"student_balanced": 2.0, "dha_quality": 2.5, "dha_balanced": 2.0, "dha_fast": 1.0},
+            {"student_balanced": 2.0, "student_quality": 2.5, "dha_balanced": 2.0, "dha_fast": 1.0},
             "SD-2.1 with a student (fast: training-free), chip",
         ),
     ],
