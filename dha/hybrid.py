@@ -144,15 +144,10 @@ class HybridSite(nn.Module):
         if self.blend is not None and plan.coarse:
             keys, values = self.blend(keys, cell_means(x, plan))
         if self.memory is not None:
-            memory = self.memory(x)
-            same = values is keys
-            keys = torch.cat([keys, memory], dim=1)
-            values = keys if same else torch.cat([values, memory], dim=1)
+            keys, values = append_tokens(keys, values, self.memory(x))
         mixing = Mixing(self.weigh(scores, chosen, keys.shape[1]), keys.shape[1], plan.step)
         if plan.step:
-            same = values is keys
-            keys = torch.cat([keys, x], dim=1)
-            values = keys if same else torch.cat([values, x], dim=1)
+            keys, values = append_tokens(keys, values, x)
         return Context(keys, values, mixing, chosen)
 
     @staticmethod
@@ -195,6 +190,12 @@ def take_tokens(x: Tensor, chosen: Tensor | None, grid: Tensor | None) -> Tensor
     if batch > 1:
         picks = picks + torch.arange(0, batch * count, count, device=x.device)[:, None]
     return x.flatten(0, 1).index_select(0, picks.flatten()).view(batch, -1, channels)
+
+
+def append_tokens(keys: Tensor, values: Tensor, more: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values (B, m, C) with `more` tokens (B, any, C) behind both; one tensor where they were one."""
+    longer = torch.cat([keys, more], dim=1)
+    return longer, longer if values is keys else torch.cat([values, more], dim=1)
 
 
 def straight_through(scores: Tensor) -> Tensor:
