@@ -44,10 +44,6 @@ SETTINGS = {
 }
 
 
-def site_landmarks(name):
-    return SETTINGS[name].get("landmarks", 0)
-
-
 @pytest.mark.parametrize("name", SETTINGS)
 @pytest.mark.parametrize("height,width,batch", [(7, 9, 1), (7, 9, 3), (8, 8, 2), (33, 64, 1)])
 def test_fast_path_matches_the_oracle_in_outputs_and_gradients(name, height, width, batch):
@@ -55,7 +51,7 @@ def test_fast_path_matches_the_oracle_in_outputs_and_gradients(name, height, wid
     torch.manual_seed(1)
     routed = site.router is not None
     budget = 0.2 if height < 30 else 0.02
-    plan = plan_context(height, width, budget, 0.5, 4096, routed, site_landmarks(name))
+    plan = plan_context(height, width, budget, 0.5, 4096, routed, SETTINGS[name].get("landmarks", 0))
     x = torch.randn(batch, height * width, CHANNELS, requires_grad=True)
     emb = torch.randn(batch, EMBEDDING)
     oracle_site, oracle_layer, oracle_x = copy.deepcopy(site), copy.deepcopy(layer), x.detach().clone().requires_grad_()

@@ -22,7 +22,7 @@ def test_a_budget_that_replaces_nothing_is_refused(prepare, make_settings):
 
 def test_a_student_without_trained_parts_is_refused(prepare, make_settings):
     with pytest.raises(ValueError, match="no trained parts"):
-        parts = {"memory": 0, "rank": 0, "router_width": 0, "local": 0, "landmarks": 0}
+        parts = {"memory": 0, "rank": 0, "router_width": 0, "local": 0}
         prepare(make_settings(**{f"student__{name}": value for name, value in parts.items()}))
 
 

@@ -164,7 +164,9 @@ def list_parts(attention: nn.Module, site: nn.Module, x: Tensor, emb: Tensor, pl
     q, k, v = attention.to_q(x), attention.to_k(keys), attention.to_v(values)
     attend, options = import_from_pack("nodes.apply").attend, {"n_heads": attention.heads}
     yield "attention", lambda: mixing.run(attend, q, k, v, options)
-    marks, near = import_from_pack("dha.landmarks"), plan.coarse + TRAINED["memory"] * (site.memory is not None)
+    if not plan.step:  # too few tokens for landmarks
+        return
+    marks, near = import_from_pack("dha.landmarks"), mixing.short or plan.coarse
     few, tokens = marks.pick_landmarks(q, plan.step), plan.tokens
     yield "attention: to the short context", lambda: attend(q, k[:, :near], v[:, :near], options, None)
     yield "attention: of landmarks to all", lambda: attend(few, k[:, :tokens], v[:, :tokens], options, None)
