@@ -49,45 +49,44 @@ class Blend(nn.Module):
         nn.init.zeros_(self.keys)
         nn.init.zeros_(self.values)
 
-    def forward(self, tokens: Tensor, means: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens (B, m, C), the last of them the grid, and cell means (B, coarse, C) -> keys and values (B, m, C)."""
-        others, grid = tokens.split([tokens.shape[1] - means.shape[1], means.shape[1]], dim=1)
+    def forward(self, grid: Tensor, means: Tensor) -> tuple[Tensor, Tensor]:
+        """Grid tokens and their cells' means (B, coarse, C) -> keys and values (B, coarse, C)."""
         way = means - grid
-        leaned = (torch.addcmul(grid, way, share.to(grid)) for share in (self.keys, self.values))
-        keys, values = (torch.cat([others, part], dim=1) for part in leaned)
-        return keys, values
+        return torch.addcmul(grid, way, self.keys.to(grid)), torch.addcmul(grid, way, self.values.to(grid))
 
 
 class Mixing(NamedTuple):
     """How queries see a context once it is projected: `log_weights` (B, m) are added to its logits.
 
     They are zeros that carry the router's gradient, and None where none is asked for. With landmarks, every `step`-th
-    query, all N tokens are projected: the context is the `picks` (chosen, grid) of them, or without those it is the
-    first `short` keys, and the N follow behind it.
+    query, what is projected are all N `tokens` with the made-up ones behind them; the short context are the `picks`
+    (chosen, grid) of the former and all of the latter.
     """
 
     log_weights: Tensor | None = None
-    short: int = 0
     step: int = 0
-    picks: tuple[Tensor | None, Tensor | None] | None = None
+    tokens: int = 0
+    picks: tuple[Tensor | None, Tensor | None] = (None, None)
 
     def run(self, attend: Callable, q: Tensor, k: Tensor, v: Tensor, options: dict) -> Tensor:
         """Attention of q (B, N, C) to projected keys and values (B, any, C); `attend` is as in `dha.patch`."""
         mask = None if self.log_weights is None else self.log_weights[:, None, None].to(q.dtype)
         if not self.step:
             return attend(q, k, v, options, mask)
-        if self.picks is None:
-            (near_k, k), (near_v, v) = (x.tensor_split([self.short], dim=1) for x in (k, v))
-        else:
-            near_k, near_v = (take_tokens(x, *self.picks) for x in (k, v))
-        near = attend(q, near_k, near_v, options, mask)
+        (k, made_k), (v, made_v) = (x.tensor_split([self.tokens], dim=1) for x in (k, v))
+        near = attend(q, self.pick(k, made_k), self.pick(v, made_v), options, mask)
         return carry_missed(partial(attend, options=options, mask=None), q, k, v, near, self.step, options["n_heads"])
+
+    def pick(self, x: Tensor, made: Tensor) -> Tensor:
+        """The short context (B, m, C) of projected tokens x (B, N, C) and `made` ones (B, any, C)."""
+        picked = take_tokens(x, *self.picks)
+        return torch.cat([picked, made], dim=1) if made.shape[1] else picked
 
 
 class Context(NamedTuple):
     """Tokens before projection to keys and to values, and how they are looked at once they are projected.
 
-    There are (B, m, C) of them, with landmarks (B, m + N, C) or (B, N, C), as `Mixing` says. `chosen` are the numbers
+    There are (B, m, C) of them, with landmarks N and the made-up ones, as `Mixing` says. `chosen` are the numbers
     (B, k) of the tokens that the router picked, None without a router.
     """
 
@@ -137,18 +136,26 @@ class HybridSite(nn.Module):
             chosen = scores.topk(plan.chosen, dim=1, sorted=False).indices
         if plan.coarse and grid is None:
             grid = coarse_indices(plan, x.device)
-        if plan.step and self.blend is None and self.memory is None:  # picked when projected: one copy of x less
-            weights = self.weigh(scores, chosen, plan.chosen + plan.coarse)
-            return Context(x, x, Mixing(weights, step=plan.step, picks=(chosen, grid)), chosen)
-        keys = values = take_tokens(x, chosen, grid)
+        picks = chosen, grid if self.blend is None else None
+        tokens = x if plan.step else take_tokens(x, *picks)
+        keys, values = self.append_made(tokens, x, plan, grid)
+        made = keys.shape[1] - tokens.shape[1]
+        short = made + sum(part.shape[-1] for part in picks if part is not None)
+        return Context(keys, values, Mixing(self.weigh(scores, chosen, short), plan.step, plan.tokens, picks), chosen)
+
+    def append_made(self, tokens: Tensor, x: Tensor, plan: ContextPlan, grid: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Keys and values of `tokens` (B, any, C) and of what is made of x (B, N, C): blended grid, memory."""
+        keys, values = [tokens], [tokens]
         if self.blend is not None and plan.coarse:
-            keys, values = self.blend(keys, cell_means(x, plan))
+            blended = self.blend(take_tokens(x, None, grid), cell_means(x, plan))
+            keys, values = ([*part, more] for part, more in zip((keys, values), blended, strict=True))
         if self.memory is not None:
-            keys, values = append_tokens(keys, values, self.memory(x))
-        mixing = Mixing(self.weigh(scores, chosen, keys.shape[1]), keys.shape[1], plan.step)
-        if plan.step:
-            keys, values = append_tokens(keys, values, x)
-        return Context(keys, values, mixing, chosen)
+            memory = self.memory(x)
+            keys, values = [*keys, memory], [*values, memory]
+        if len(keys) == 1:
+            return tokens, tokens
+        joined = torch.cat(keys, dim=1)
+        return joined, joined if self.blend is None else torch.cat(values, dim=1)
 
     @staticmethod
     def weigh(scores: Tensor | None, chosen: Tensor | None, count: int) -> Tensor | None:
@@ -179,23 +186,17 @@ class HybridSite(nn.Module):
 
 
 def take_tokens(x: Tensor, chosen: Tensor | None, grid: Tensor | None) -> Tensor:
-    """Tokens (B, k + coarse, C) of x (B, N, C) by number, chosen (B, k) and grid (coarse,), of which one may be None.
+    """Tokens (B, k + coarse, C) of x (B, N, C) by number, chosen (B, k) and grid (coarse,); None are none.
 
     Whole rows are copied once: `gather` would read an index for every channel.
     """
     if chosen is None:
-        return x.index_select(1, grid)
+        return x[:, :0] if grid is None else x.index_select(1, grid)
     batch, count, channels = x.shape
     picks = chosen if grid is None else torch.cat([chosen, grid.expand(batch, -1)], dim=1)
     if batch > 1:
         picks = picks + torch.arange(0, batch * count, count, device=x.device)[:, None]
     return x.flatten(0, 1).index_select(0, picks.flatten()).view(batch, -1, channels)
-
-
-def append_tokens(keys: Tensor, values: Tensor, more: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values (B, m, C) with `more` tokens (B, any, C) behind both; one tensor where they were one."""
-    longer = torch.cat([keys, more], dim=1)
-    return longer, longer if values is keys else torch.cat([values, more], dim=1)
 
 
 def straight_through(scores: Tensor) -> Tensor:

@@ -9,6 +9,9 @@ e = attention(l, all) - attention(l, short) is known, and kernel ridge regressio
 with l' their mean. phi(q) is an attention as well, to keys made of landmarks and to values that solve a small system,
 so that all of it runs on the user's own kernel. Landmarks as in Nystromformer (arXiv 2102.03902), where they stand for
 all queries.
+
+The error falls with about the -0.6th power of the number of keys and the -0.45th of that of landmarks, each of which
+costs a query what two keys cost: from three keys to a landmark on, further keys are better spent on further landmarks.
 """
 
 from collections.abc import Callable
@@ -16,9 +19,18 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-LANDMARKS = 64  # at most, where nothing else is said
+LANDMARKS = 64  # where nothing else is said
+KEYS_EACH = 3  # more keys than that to a landmark have more landmarks,
+GROWTH = 3  # up to so many times as many
 WIDTH = 0.5  # of the kernel, in variances of the landmarks
 RIDGE = 0.003
+
+
+def count_landmarks(least: int, keys: int, tokens: int) -> int:
+    """At most how many of a layer's queries are landmarks: `least`, or more beside many keys; 0 in a small layer."""
+    if 2 * least > tokens:
+        return 0
+    return max(least, min(keys // KEYS_EACH, GROWTH * least, tokens // 4))
 
 
 def choose_step(height: int, width: int, most: int) -> int:
@@ -56,17 +68,32 @@ def carry_missed(attend: Callable, q: Tensor, k: Tensor, v: Tensor, near: Tensor
 def solve_carriers(marks: Tensor, missed: Tensor, heads: int) -> tuple[Tensor, Tensor]:
     """Keys and values (B, L, C) with which attention says at landmarks (B, L, C) what was `missed` (B, L, C) there.
 
-    Solved in fp32, without asking the device whether it could be: phi(l) is exp(<l, l>) with its rows scaled, no
-    eigenvalue of which is below zero, so that with the ridge it can.
+    Solved in fp32, whatever the precision around it.
     """
     with torch.autocast(marks.device.type, enabled=False):
         points, errors = (x.float().unflatten(-1, (heads, -1)).transpose(1, 2) for x in (marks, missed))
-        keys = points - points.mean(2, keepdim=True)
+        middle = points.mean(2, keepdim=True)
+        keys = points - middle
         keys = keys / (WIDTH * keys.square().sum(-1).mean(-1)[..., None, None]).clamp(min=1e-6)
         mean = errors.mean(2, keepdim=True)
-        weights = (points @ keys.transpose(-1, -2)).softmax(-1)
-        system = weights + RIDGE * torch.eye(points.shape[2], device=marks.device)
-        values = torch.linalg.solve_ex(system, errors - mean).result + mean
+        values = solve_softmax(points - middle, middle, keys, errors - mean) + mean
         keys = keys * points.shape[-1] ** 0.5
         keys, values = (x.transpose(1, 2).flatten(2).to(marks.dtype) for x in (keys, values))
     return keys, values
+
+
+def solve_softmax(offsets: Tensor, middle: Tensor, keys: Tensor, errors: Tensor) -> Tensor:
+    """Values (..., L, c) with (P + RIDGE I) values = errors, P = softmax((offsets + middle) keys'), all (..., L, c).
+
+    `keys` are multiples of `offsets`, so that P = G F / Z with Gaussians G = exp(-|x - x'|^2 / 2) of them, factors F of
+    its columns and sums Z of its rows. What is solved is (G + RIDGE Z / F) F values = Z errors: symmetric and, with
+    RIDGE or more on its diagonal, positive, so that no device needs to be asked whether it could be.
+    """
+    products = offsets @ keys.transpose(-1, -2)
+    half = products.diagonal(dim1=-2, dim2=-1) / 2
+    gaussians = (products - half[..., None, :] - half[..., None]).exp()
+    factors = half[..., None] + keys @ middle.transpose(-1, -2)
+    factors = (factors - factors.amax(-2, keepdim=True)).clamp(min=-60).exp()
+    sums = gaussians @ factors
+    system = gaussians + torch.diag_embed((RIDGE * sums / factors)[..., 0])
+    return torch.cholesky_solve(sums * errors, torch.linalg.cholesky_ex(system).L) / factors

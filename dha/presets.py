@@ -74,7 +74,7 @@ def rise(token_budget: float, max_tokens: int) -> Preset:
 # The caps are reached at 768x768, 9216 tokens at the finest level. With a share of the tokens the error halves when the
 # sides double, with a number of them it grows by two fifths: up to 2048x2048 it stays below that at 512x512.
 PRESETS = {
-    "quality": rise(0.125, 1152),
-    "balanced": rise(0.0625, 576),
-    "fast": rise(0.03125, 288),
+    "quality": rise(0.125, 576),
+    "balanced": rise(0.0625, 288),
+    "fast": rise(0.03125, 144),
 }

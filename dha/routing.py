@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .landmarks import choose_step
+from .landmarks import choose_step, count_landmarks
 
 
 @dataclass(frozen=True)
@@ -49,12 +49,13 @@ def plan_context(
     """Spend a key budget: the grid of the most tokens within its share, the rest of the keys go to the router.
 
     `budget` is a share of the tokens, capped at `max_tokens` keys. Without a router (`routed` false) the grid gets all.
-    There are at most `landmarks`, and none where they would be more than half of the tokens.
+    Of landmarks there are `landmarks` or more, as `count_landmarks` says.
     """
     height, width = specialise(height), specialise(width)
     tokens = height * width
     keys = specialise(max(1, min(round(budget * tokens), max_tokens, tokens)))
-    step = choose_step(height, width, landmarks) if 0 < 2 * landmarks <= tokens else 0
+    marks = count_landmarks(landmarks, keys, tokens)
+    step = choose_step(height, width, marks) if marks else 0
     allowance = keys * coarse_share if routed else keys
     if allowance < 1:
         return ContextPlan(height, width, (0, 0), keys, step)

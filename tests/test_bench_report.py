@@ -81,7 +81,7 @@ def make_layers() -> dict:
 
 
 def test_the_slower_of_student_and_training_free_decides_whether_a_layer_pays():
-    assert list_layers(make_layers()) == [[320, 65536, 576 / 65536, 2.0], [320, 65536, 0.5, 0.8]]
+    assert list_layers(make_layers()) == [[320, 65536, 288 / 65536, 2.0], [320, 65536, 0.5, 0.8]]
 
 
 def make_steps(**seconds: float) -> dict:

@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 
-from dha.landmarks import carry_missed, choose_step, pick_landmarks, solve_carriers
+from dha.landmarks import carry_missed, choose_step, count_landmarks, pick_landmarks, solve_carriers
 from dha.patch import plain_attention
 from dha.routing import plan_context
 
@@ -88,3 +88,21 @@ def test_there_are_none_where_they_would_be_most_of_the_tokens():
     assert plan_context(8, 8, 0.125, 1.0, 4096, False, landmarks=64).landmarks == 0
     assert plan_context(16, 16, 0.125, 1.0, 4096, False, landmarks=64).landmarks == 51
     assert plan_context(16, 16, 0.125, 1.0, 4096, False).landmarks == 0
+
+
+@pytest.mark.parametrize(
+    "side,keys,landmarks",
+    [(64, 64, 64), (64, 192, 64), (64, 384, 128), (128, 576, 192), (64, 2048, 192), (16, 192, 64)],
+)
+def test_beside_many_keys_there_are_more_landmarks_up_to_three_times_as_many(side, keys, landmarks):
+    plan = plan_context(side, side, keys / side**2, 1.0, 4096, False, landmarks=64)
+    assert 0.79 * landmarks <= plan.landmarks <= landmarks
+    assert plan.landmarks <= count_landmarks(64, keys, side**2) == landmarks
+
+
+def test_queries_far_from_all_others_do_not_unsettle_the_system():
+    x = draw_smooth(16, 16)
+    x[:, 4] *= 10
+    exact, short = attend(x, x, x), attend(x, x[:, :20], x[:, :20])
+    out = carry_missed(attend, x, x, x, short.clone(), 8, HEADS)
+    assert (out - exact)[:, 5:].norm() < (short - exact)[:, 5:].norm()

@@ -184,7 +184,7 @@ def test_a_presets_speed_in_the_tooltip_is_that_of_a_whole_sampling(measured):
     preset = PRESETS["balanced"]
     assert preset.end == 0.95 and preset.relate_sampling([0.25, 0.5]) == pytest.approx(0.4)
     line = measured.describe_presets({"presets": {"balanced": {"speed": {"768": [4.0, 2.0]}}}}).splitlines()[1]
-    said = "6.25 % of the tokens, 576 at most, from 50 % of the schedule on 12.5 %, 1152, in the last 5 % all"
+    said = "6.25 % of the tokens, 288 at most, from 50 % of the schedule on 12.5 %, 576, in the last 5 % all"
     assert said in line and line.endswith("768 2.50x")
     assert describe_one(measured) == "10 % of the tokens, 9 at most"
 

@@ -166,10 +166,14 @@ def list_parts(attention: nn.Module, site: nn.Module, x: Tensor, emb: Tensor, pl
     yield "attention", lambda: mixing.run(attend, q, k, v, options)
     if not plan.step:  # too few tokens for landmarks
         return
-    marks, near = import_from_pack("dha.landmarks"), mixing.short or plan.coarse
-    few, tokens = marks.pick_landmarks(q, plan.step), plan.tokens
-    yield "attention: to the short context", lambda: attend(q, k[:, :near], v[:, :near], options, None)
-    yield "attention: of landmarks to all", lambda: attend(few, k[:, :tokens], v[:, :tokens], options, None)
+    marks = import_from_pack("dha.landmarks")
+    few = marks.pick_landmarks(q, plan.step)
+    projected = [part.tensor_split([plan.tokens], dim=1) for part in (k, v)]
+    (all_k, _), (all_v, _) = projected
+    near_k, near_v = (mixing.pick(*part) for part in projected)
+    yield "attention: picking the short context", lambda: [mixing.pick(*part) for part in projected][0]
+    yield "attention: to the short context", lambda: attend(q, near_k, near_v, options, None)
+    yield "attention: of landmarks to all", lambda: attend(few, all_k, all_v, options, None)
     carriers = marks.solve_carriers(few, few, attention.heads)
     yield "attention: the system", lambda: marks.solve_carriers(few, few, attention.heads)[0]
     yield "attention: to the landmarks", lambda: attend(q, *carriers, options, None)
