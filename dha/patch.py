@@ -9,7 +9,7 @@ from torch import Tensor
 from .dither import PHASES, dithered_indices, find_phase, list_phases
 from .hybrid import HybridSite, Mixing
 from .official import OfficialSite
-from .presets import Stretch
+from .presets import OWN, Stretch
 from .routing import ContextPlan, coarse_indices
 from .sites import SITES, Site
 from .student import Student
@@ -17,7 +17,6 @@ from .student import Student
 STEP = "dha_step"  # key in transformer_options under which a forward's Step travels to the blocks
 WATCH = "dha_watch"  # key in transformer_options for one who wants to know what each call chose; see `Watch`
 STATE = "dha_state"  # key in a block's extra_options under which our patches of one call talk to each other
-OWN = Stretch(None)  # a student's own share of the tokens, in all steps
 
 
 # Called with the site, its plan, the grid's tokens (coarse,) and those (B, k) that its router chose, None where there
@@ -114,8 +113,7 @@ class Planner:
 
     def plan(self, height: int, width: int, channels: int) -> ContextPlan | None:
         """The plan of a size; None where every token is a key, or where a short context does not pay."""
-        stretch = self.stretch
-        plan = self.student.plan(height, width, stretch.token_budget, stretch.max_tokens, stretch.landmarks)
+        plan = self.student.plan(height, width, self.stretch)
         if plan.coarse + plan.chosen >= plan.tokens:
             return None
         if self.pays is not None and not self.pays(plan.tokens, channels, plan.coarse + plan.chosen):

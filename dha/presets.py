@@ -27,6 +27,9 @@ class Stretch:
         return find_timestep(self.end)
 
 
+OWN = Stretch(None)  # a student's own share of the tokens, in all steps
+
+
 @dataclass(frozen=True)
 class Preset:
     """The stretches of a sampling one after the other; behind the last one the model is left as it is.

@@ -9,6 +9,7 @@ from .config import NORM_GROUPS, DHAConfig
 from .hybrid import HybridSite
 from .landmarks import LANDMARKS
 from .official import OfficialSite
+from .presets import OWN, Stretch
 from .routing import ContextPlan, plan_context
 from .sites import SITES, Architecture, Site
 
@@ -67,19 +68,12 @@ class Student(nn.Module):
             module.start()
         return self
 
-    def plan(
-        self,
-        height: int,
-        width: int,
-        token_budget: float | None = None,
-        max_tokens: int | None = None,
-        landmarks: int | None = None,
-    ) -> ContextPlan:
-        """How the keys of a height x width level are spent, with the configured or other values."""
+    def plan(self, height: int, width: int, stretch: Stretch = OWN) -> ContextPlan:
+        """How the keys of a height x width level are spent in a stretch of the sampling."""
         config = self.config
-        budget = config.token_budget if token_budget is None else token_budget
-        most = config.max_tokens if max_tokens is None else max_tokens
-        marks = config.landmarks if landmarks is None else landmarks
+        budget = config.token_budget if stretch.token_budget is None else stretch.token_budget
+        most = config.max_tokens if stretch.max_tokens is None else stretch.max_tokens
+        marks = config.landmarks if stretch.landmarks is None else stretch.landmarks
         return plan_context(height, width, budget, config.coarse_share, most, bool(config.router_width), marks)
 
     def named_weights(self) -> dict[str, Tensor]:

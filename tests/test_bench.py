@@ -68,7 +68,7 @@ def count_dha_pairs(preset: str, stretch: int = 0, **trained) -> int:
 
     def count(level: int, tokens: int) -> int:
         spending = PRESETS[preset].stretches[stretch]
-        plan = student.plan(HEIGHT // 8 >> level, WIDTH // 8 >> level, spending.token_budget, spending.max_tokens)
+        plan = student.plan(HEIGHT // 8 >> level, WIDTH // 8 >> level, spending)
         near = plan.coarse + plan.chosen + config.memory
         # What all landmarks see together is as much as all tokens see of the landmarks.
         return near + 2 * plan.landmarks if level in config.levels else tokens

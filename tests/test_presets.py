@@ -37,7 +37,7 @@ def measured():
 
 def spend_keys(stretch: Stretch, side: int) -> int:
     """Keys at the finest level of a square picture, training-free."""
-    plan = Student(DHAConfig(), FULL_SIZE).plan(side // 8, side // 8, stretch.token_budget, stretch.max_tokens)
+    plan = Student(DHAConfig(), FULL_SIZE).plan(side // 8, side // 8, stretch)
     return plan.coarse + plan.chosen
 
 

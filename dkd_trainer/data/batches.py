@@ -7,6 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from dha.presets import Stretch
 from dha.student import Student
 
 from ..diffusion import add_noise, shift_timesteps
@@ -155,5 +156,5 @@ def list_budgets(student: Student, height: int, width: int, factors: Sequence[fl
 
 def replaces_any(student: Student, height: int, width: int, budget: float) -> bool:
     """Whether some level gets fewer keys than it has tokens."""
-    plans = (student.plan(-(-height >> level), -(-width >> level), budget) for level in student.config.levels)
+    plans = (student.plan(-(-height >> level), -(-width >> level), Stretch(budget)) for level in student.config.levels)
     return any(plan.coarse + plan.chosen < plan.tokens for plan in plans)

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from dha.dither import draw_phases
-from dha.patch import OWN, make_patches, read_phase
-from dha.presets import Stretch
+from dha.patch import make_patches, read_phase
+from dha.presets import OWN, Stretch
 from dha.student import Student
 
 from ..data.batches import Batch

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dha.dither import dithered_indices, draw_phases
 from dha.official import OfficialSite
+from dha.presets import Stretch
 from dha.routing import ContextPlan
 from dha.sites import Site
 from dha.student import Student
@@ -96,7 +97,7 @@ def watch_sites(
             return out
         x, emb = options["dkd_input"], options["dkd_embedding"]
         module, attention = student.site(site), find_attention(site)
-        plan = student.plan(*options["activations_shape"][-2:], budget)
+        plan = student.plan(*options["activations_shape"][-2:], Stretch(budget))
         if isinstance(module, OfficialSite):
             with torch.enable_grad():
                 losses[site.name] = relative_error(module(x, emb), out)

@@ -9,8 +9,7 @@ from typing import NamedTuple
 import torch
 
 from dha.checkpoint import check_architecture, load_student
-from dha.patch import OWN
-from dha.presets import NO_CAP, PRESETS, Preset, Stretch
+from dha.presets import NO_CAP, OWN, PRESETS, Preset, Stretch
 from dha.student import FREE_CONFIG, Student
 
 from ..engine.imitation import student_options
