@@ -84,9 +84,8 @@ class ImitationSettings:
     `output` pulls to the teacher's prediction, `blocks` to its block outputs, `attention` to its self-attention
     outputs, `noise` (at the stage's start and end) to what was really added; `maps` and `routing` belong to mode
     `official`, `control` and `control_blocks` to pairs: the (add, mul) pairs that the control branch gives, and its
-    block outputs. `spread` is for `output` what it is in stage 1, and rises to 1 at the last timesteps, behind which
-    nothing cancels. With `balance` every term is first scaled to the size of the prediction's. `guidance` is the range
-    of scales that the compared predictions are mixed with, empty for none.
+    block outputs. `spread` is for `output` what it is in stage 1. With `balance` every term is first scaled to the size
+    of the prediction's. `guidance` is the range of scales that the compared predictions are mixed with, empty for none.
     """
 
     steps: int = whole(500)

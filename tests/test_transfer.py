@@ -91,18 +91,6 @@ def test_what_two_grids_have_in_common_counts_whole_and_the_rest_for_its_spread(
     torch.testing.assert_close(joint_error(outputs[:1], target, 0.1), relative_error(outputs[0], target))
 
 
-def test_what_changes_counts_more_and_more_towards_the_last_timestep():
-    from dkd_trainer.engine.transfer import LATE, joint_error, raise_spread
-
-    spreads = raise_spread(0.1, torch.tensor([999, LATE, LATE // 2, 0]))
-    torch.testing.assert_close(spreads, torch.tensor([0.1, 0.1, 0.55, 1.0]))
-    generator = torch.Generator().manual_seed(2)
-    target = torch.randn(4, 8, 16, generator=generator)
-    outputs = [target + 0.1 * torch.randn(target.shape, generator=generator) for _ in range(2)]
-    each = [joint_error([o[n : n + 1] for o in outputs], target[n : n + 1], spreads[n]) for n in range(4)]
-    torch.testing.assert_close(joint_error(outputs, target, spreads), torch.stack(each).mean())
-
-
 def test_a_spread_makes_every_layer_look_at_two_grids(teacher, monkeypatch):
     from dkd_trainer.engine import transfer
 

@@ -16,7 +16,7 @@ from ..host import Teacher
 from .attention import trained_attention
 from .features import Features, keep_blocks, recompute_layers
 from .official import compare_maps, teach_routers
-from .transfer import count_grids, joint_error, raise_spread, relative_error
+from .transfer import count_grids, joint_error, relative_error
 
 
 def student_options(student: Student, stretch: Stretch = OWN, phase: Tensor | None = None) -> dict:
@@ -70,7 +70,7 @@ def imitation_losses(
     if "output" in terms:
         scales = batch.guidance if guided else None
         mixed = [mix_guidance(each, scales) for each in predictions]
-        losses["output"] = joint_error(mixed, mix_guidance(target, scales), raise_spread(spread, batch.t))
+        losses["output"] = joint_error(mixed, mix_guidance(target, scales), spread)
     if "noise" in terms:
         truth = training_target(batch.latents, batch.noise, batch.t, teacher.prediction)
         losses["noise"] = relative_error(prediction[: len(batch)], truth)

@@ -19,7 +19,6 @@ from ..host import Teacher
 from .attention import trained_attention
 
 ROUTING_QUERIES = 64  # queries from which the teacher's attention mass per key is estimated
-LATE = 100  # of 1,000 timesteps: the last steps of a sampling, two or three of 25
 
 
 def transfer_losses(
@@ -125,20 +124,12 @@ def count_grids(spread: float) -> int:
     return 1 if spread == 1 else 2
 
 
-def raise_spread(spread: float, t: Tensor) -> Tensor:
-    """What an error counts (B,) at timesteps t (B,) that changes with the grid: `spread`, and all of it at the last.
-
-    Nothing comes behind the last steps of a sampling that such an error could cancel with.
-    """
-    return spread + (1 - spread) * (1 - t / LATE).clamp(min=0)
-
-
-def joint_error(outputs: Sequence[Tensor], target: Tensor, spread: float | Tensor) -> Tensor:
+def joint_error(outputs: Sequence[Tensor], target: Tensor, spread: float) -> Tensor:
     """Mean over the batch of (<d, d'> + spread (|d|^2 - <d, d'>)) / |target|^2, any shape (B, ...).
 
     d and d' are the differences of one or two outputs, made with different grids, to the target. Their product is what
     they have in common, on average the squared error of the mean over all grids; the rest mostly cancels while grids
-    change from step to step, and counts for `spread`, one number or one for each (B,).
+    change from step to step, and counts for `spread`.
     """
     differences = [(output.float() - target.float()).flatten(1) for output in outputs]
     whole = sum(difference.square().sum(1) for difference in differences) / len(differences)
