@@ -21,11 +21,11 @@ class DHAConfig:
     """One student: where self-attention is replaced and by how much.
 
     `levels` are UNet resolutions, 0 the finest. `token_budget` is the share of a level's tokens that become keys, at
-    most `max_tokens` of them; `coarse_share` of the keys form the strided grid, the router picks the others. At most
-    `landmarks` queries of a level look at all keys and tell the others what they miss, see `dha.landmarks`. `memory`
-    learned tokens, which also hold summaries of the picture, low-rank `deltas` of `rank`, a router of
-    `router_width`, a convolution of `local` channels beside the attention and a `blend` of grid tokens with the means
-    of their cells are the trained parts; 0 or false leaves one out.
+    most `max_tokens` of them; `coarse_share` of the keys form the strided grid, the router picks the others. About
+    `landmarks` queries of a level, more beside many keys, look at all keys and tell the others what they miss, see
+    `dha.landmarks`. `memory` learned tokens, which also hold summaries of the picture, low-rank `deltas` of `rank`, a
+    router of `router_width`, a convolution of `local` channels beside the attention and a `blend` of grid tokens with
+    the means of their cells are the trained parts; 0 or false leaves one out.
     `sparsity` and `norm_groups`, those of the GroupNorm in front of each transformer, belong to mode `official`.
     """
 

@@ -11,7 +11,7 @@ UNTRAINED_FROM = 0.25  # of the tokens: the second half of a sampling comes out 
 class Stretch:
     """A part of a sampling, which lasts until the share `end` of the schedule: a share of the tokens become keys.
 
-    There are at most `max_tokens` of them, from which on a layer's cost is linear, and at most `landmarks` queries see
+    There are at most `max_tokens` of them, from which on a layer's cost is linear, and `landmarks` queries or more see
     all keys; None are the student's own numbers. A stretch that is not `trained` runs without the trained parts.
     """
 
@@ -74,8 +74,8 @@ def rise(token_budget: float, max_tokens: int) -> Preset:
     return Preset((Stretch(token_budget, max_tokens, 0.5), second))
 
 
-# The caps are reached at 768x768, 9216 tokens at the finest level. With a share of the tokens the error halves when the
-# sides double, with a number of them it grows by two fifths: up to 2048x2048 it stays below that at 512x512.
+# The caps are reached just above 512x512, at 4608 tokens of the finest level. With a share of the tokens the error
+# halves when the sides double, with a number of keys it grows by two fifths (both measured without landmarks).
 PRESETS = {
     "quality": rise(0.125, 576),
     "balanced": rise(0.0625, 288),
