@@ -139,21 +139,19 @@ class HybridSite(nn.Module):
         picks = chosen, grid if self.blend is None else None
         tokens = x if plan.step else take_tokens(x, *picks)
         keys, values = self.append_made(tokens, x, plan, grid)
-        made = keys.shape[1] - tokens.shape[1]
-        short = made + sum(part.shape[-1] for part in picks if part is not None)
+        short = plan.chosen + plan.coarse + (0 if self.memory is None else len(self.memory.tokens))
         return Context(keys, values, Mixing(self.weigh(scores, chosen, short), plan.step, plan.tokens, picks), chosen)
 
     def append_made(self, tokens: Tensor, x: Tensor, plan: ContextPlan, grid: Tensor | None) -> tuple[Tensor, Tensor]:
         """Keys and values of `tokens` (B, any, C) and of what is made of x (B, N, C): blended grid, memory."""
-        keys, values = [tokens], [tokens]
+        pairs = [(tokens, tokens)]
         if self.blend is not None and plan.coarse:
-            blended = self.blend(take_tokens(x, None, grid), cell_means(x, plan))
-            keys, values = ([*part, more] for part, more in zip((keys, values), blended, strict=True))
+            pairs.append(self.blend(take_tokens(x, None, grid), cell_means(x, plan)))
         if self.memory is not None:
-            memory = self.memory(x)
-            keys, values = [*keys, memory], [*values, memory]
-        if len(keys) == 1:
+            pairs.append((self.memory(x),) * 2)
+        if len(pairs) == 1:
             return tokens, tokens
+        keys, values = zip(*pairs, strict=True)
         joined = torch.cat(keys, dim=1)
         return joined, joined if self.blend is None else torch.cat(values, dim=1)
 

@@ -73,10 +73,10 @@ def solve_carriers(marks: Tensor, missed: Tensor, heads: int) -> tuple[Tensor, T
     with torch.autocast(marks.device.type, enabled=False):
         points, errors = (x.float().unflatten(-1, (heads, -1)).transpose(1, 2) for x in (marks, missed))
         middle = points.mean(2, keepdim=True)
-        keys = points - middle
-        keys = keys / (WIDTH * keys.square().sum(-1).mean(-1)[..., None, None]).clamp(min=1e-6)
+        offsets = points - middle
+        keys = offsets / (WIDTH * offsets.square().sum(-1).mean(-1)[..., None, None]).clamp(min=1e-6)
         mean = errors.mean(2, keepdim=True)
-        values = solve_softmax(points - middle, middle, keys, errors - mean) + mean
+        values = solve_softmax(offsets, middle, keys, errors - mean) + mean
         keys = keys * points.shape[-1] ** 0.5
         keys, values = (x.transpose(1, 2).flatten(2).to(marks.dtype) for x in (keys, values))
     return keys, values
