@@ -4,9 +4,11 @@ Queries that lie near each other miss nearly the same: the error of a short cont
 however rough the attention itself is. Landmarks l are the queries of evenly spaced tokens. Of them the error
 e = attention(l, all) - attention(l, short) is known, and kernel ridge regression says it for every query q:
 
-    out(q) = attention(q, short) + phi(q) (phi(l) + RIDGE I)^-1 e,    phi(q) = softmax(<q, l - l'> / (WIDTH var(l)))
+    out(q) = attention(q, short) + phi(q) (phi(l) + RIDGE I)^-1 e,    phi(q) = softmax(q M (l - l') / (WIDTH var))
 
-with l' their mean. phi(q) is an attention as well, to keys made of landmarks and to values that solve a small system,
+with l' their mean and var their variance in the metric M: the root of the covariance of their keys, for queries see
+differently what keys differ in. (Of the short context's keys it would go with the error, which then would not cancel
+from grid to grid.) phi(q) is an attention as well, to keys made of landmarks and to values that solve a small system,
 so that all of it runs on the user's own kernel. Landmarks as in Nystromformer (arXiv 2102.03902), where they stand for
 all queries.
 
@@ -23,7 +25,9 @@ LANDMARKS = 64  # where nothing else is said
 KEYS_EACH = 3  # more keys than that to a landmark have more landmarks,
 GROWTH = 3  # up to so many times as many
 WIDTH = 0.5  # of the kernel, in variances of the landmarks
-RIDGE = 0.003
+RIDGE = 0.001
+FLOOR = 0.2  # of the metric, in its mean: no direction counts for less
+ROUNDS = 4  # of Newton's way to a root
 
 
 def count_landmarks(least: int, keys: int, tokens: int) -> int:
@@ -61,20 +65,21 @@ def carry_missed(attend: Callable, q: Tensor, k: Tensor, v: Tensor, near: Tensor
     """
     marks = pick_landmarks(q, step)
     missed = attend(marks, k, v) - pick_landmarks(near, step)
-    carried = attend(q, *solve_carriers(marks, missed, heads))
+    carried = attend(q, *solve_carriers(marks, pick_landmarks(k, step), missed, heads))
     return near + carried if near.requires_grad else near.add_(carried)
 
 
-def solve_carriers(marks: Tensor, missed: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+def solve_carriers(marks: Tensor, seen: Tensor, missed: Tensor, heads: int) -> tuple[Tensor, Tensor]:
     """Keys and values (B, L, C) with which attention says at landmarks (B, L, C) what was `missed` (B, L, C) there.
 
-    Solved in fp32, whatever the precision around it.
+    `seen` (B, any, C) are keys, whose metric it is. Solved in fp32, whatever the precision around it.
     """
     with torch.autocast(marks.device.type, enabled=False):
-        points, errors = (x.float().unflatten(-1, (heads, -1)).transpose(1, 2) for x in (marks, missed))
+        points, seen, errors = (x.float().unflatten(-1, (heads, -1)).transpose(1, 2) for x in (marks, seen, missed))
         middle = points.mean(2, keepdim=True)
         offsets = points - middle
-        keys = offsets / (WIDTH * offsets.square().sum(-1).mean(-1)[..., None, None]).clamp(min=1e-6)
+        keys = offsets @ find_metric(seen)
+        keys = keys / (WIDTH * (offsets * keys).sum(-1).mean(-1)[..., None, None]).clamp(min=1e-6)
         mean = errors.mean(2, keepdim=True)
         values = solve_softmax(offsets, middle, keys, errors - mean) + mean
         keys = keys * points.shape[-1] ** 0.5
@@ -82,12 +87,29 @@ def solve_carriers(marks: Tensor, missed: Tensor, heads: int) -> tuple[Tensor, T
     return keys, values
 
 
+def find_metric(seen: Tensor) -> Tensor:
+    """The root (..., c, c) of the covariance of keys (..., m, c), of mean 1 on its diagonal, and `FLOOR`.
+
+    By the iteration of Newton and Schulz, matrix products alone. After few rounds the small directions are still
+    shorter than in the root.
+    """
+    spread = seen - seen.mean(-2, keepdim=True)
+    root = spread.transpose(-1, -2) @ spread
+    root = root / root.square().sum((-1, -2), keepdim=True).sqrt().clamp(min=1e-6)
+    one = torch.eye(root.shape[-1], dtype=root.dtype, device=root.device)
+    inverse = one
+    for _ in range(ROUNDS):
+        step = 1.5 * one - 0.5 * inverse @ root
+        root, inverse = root @ step, step @ inverse
+    return root / root.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None].clamp(min=1e-6) + FLOOR * one
+
+
 def solve_softmax(offsets: Tensor, middle: Tensor, keys: Tensor, errors: Tensor) -> Tensor:
     """Values (..., L, c) with (P + RIDGE I) values = errors, P = softmax((offsets + middle) keys'), all (..., L, c).
 
-    `keys` are multiples of `offsets`, so that P = G F / Z with Gaussians G = exp(-|x - x'|^2 / 2) of them, factors F of
-    its columns and sums Z of its rows. What is solved is (G + RIDGE Z / F) F values = Z errors: symmetric and, with
-    RIDGE or more on its diagonal, positive, so that no device needs to be asked whether it could be.
+    `keys` are `offsets` times a symmetric metric, so that P = G F / Z with Gaussians G = exp(-|x - x'|^2 / 2) in it,
+    factors F of its columns and sums Z of its rows. What is solved is (G + RIDGE Z / F) F values = Z errors: symmetric
+    and, with RIDGE or more on its diagonal, positive, so that no device needs to be asked whether it could be.
     """
     products = offsets @ keys.transpose(-1, -2)
     half = products.diagonal(dim1=-2, dim2=-1) / 2

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .hybrid import HybridSite
-from .landmarks import RIDGE, WIDTH
+from .landmarks import FLOOR, RIDGE, ROUNDS, WIDTH
 from .memory import SHARPNESS, Memory
 from .routing import ContextPlan
 
@@ -50,16 +50,32 @@ def carry_missed(q: Tensor, k: Tensor, v: Tensor, mixed: Tensor, marks: list[int
     carried = []
     for h in range(q.shape[1]):
         points = torch.stack([q[n, h] for n in marks])
-        centre, mean = points.mean(0), missed[:, h].mean(0)
-        variance = sum((point - centre) @ (point - centre) for point in points) / len(points)
+        centre, mean, metric = points.mean(0), missed[:, h].mean(0), find_metric(torch.stack([k[n, h] for n in marks]))
+        variance = sum((point - centre) @ metric @ (point - centre) for point in points) / len(points)
 
-        def compare(query, points=points, centre=centre, variance=variance):
-            return torch.stack([query @ (point - centre) / (WIDTH * variance) for point in points]).softmax(0)
+        def compare(query, points=points, centre=centre, metric=metric / (WIDTH * variance)):
+            return torch.stack([query @ metric @ (point - centre) for point in points]).softmax(0)
 
         system = torch.stack([compare(point) for point in points]) + RIDGE * torch.eye(len(marks))
         weights = torch.linalg.solve(system, missed[:, h] - mean)
         carried.append(torch.stack([mean + compare(row) @ weights for row in q[:, h]]))
     return torch.stack(carried, 1)
+
+
+def find_metric(keys: Tensor) -> Tensor:
+    """What `landmarks.find_metric` makes of keys (m, d), eigenvalue by eigenvalue."""
+    centre = keys.mean(0)
+    covariance = sum(torch.outer(key - centre, key - centre) for key in keys)
+    lengths, directions = torch.linalg.eigh(covariance / covariance.norm())
+    near = []
+    for length in lengths:
+        root, inverse = length, torch.ones_like(length)
+        for _ in range(ROUNDS):
+            factor = 1.5 - 0.5 * inverse * root
+            root, inverse = root * factor, inverse * factor
+        near.append(root)
+    metric = directions @ torch.diag(torch.stack(near)) @ directions.T
+    return metric / metric.diagonal().mean() + FLOOR * torch.eye(len(centre)).to(keys)
 
 
 def list_keys(site: HybridSite, x: Tensor, emb: Tensor, plan: ContextPlan) -> tuple[Tensor, Tensor, Tensor]:

@@ -49,7 +49,7 @@ def test_at_a_landmark_the_answer_is_that_of_all_keys():
 def test_an_error_that_is_the_same_everywhere_goes_away_altogether():
     marks = draw_smooth(16, 16)[:, ::8]
     missed = torch.ones_like(marks) * torch.linspace(-1, 1, HEADS * WIDTH)
-    keys, values = solve_carriers(marks, missed, HEADS)
+    keys, values = solve_carriers(marks, marks, missed, HEADS)
     elsewhere = attend(draw_smooth(16, 16), keys, values)
     torch.testing.assert_close(elsewhere, missed[:, :1].expand_as(elsewhere), atol=1e-5, rtol=1e-4)
 
