@@ -5,7 +5,8 @@ from functools import partial
 import pytest
 import torch
 
-from dha.landmarks import carry_missed, choose_step, count_landmarks, pick_landmarks, solve_carriers
+from dha import landmarks
+from dha.landmarks import FLOOR, carry_missed, choose_step, count_landmarks, find_metric, pick_landmarks, solve_carriers
 from dha.patch import plain_attention
 from dha.routing import plan_context
 
@@ -91,13 +92,38 @@ def test_there_are_none_where_they_would_be_most_of_the_tokens():
 
 
 @pytest.mark.parametrize(
-    "side,keys,landmarks",
+    "side,keys,most",
     [(64, 64, 64), (64, 192, 64), (64, 384, 128), (128, 576, 192), (64, 2048, 192), (16, 192, 64)],
 )
-def test_beside_many_keys_there_are_more_landmarks_up_to_three_times_as_many(side, keys, landmarks):
+def test_beside_many_keys_there_are_more_landmarks_up_to_three_times_as_many(side, keys, most):
     plan = plan_context(side, side, keys / side**2, 1.0, 4096, False, landmarks=64)
-    assert 0.79 * landmarks <= plan.landmarks <= landmarks
-    assert plan.landmarks <= count_landmarks(64, keys, side**2) == landmarks
+    assert 0.79 * most <= plan.landmarks <= most
+    assert plan.landmarks <= count_landmarks(64, keys, side**2) == most
+
+
+def test_the_metric_is_the_root_of_the_keys_covariance():
+    generator = torch.Generator().manual_seed(3)
+    lengths = torch.linspace(0.5, 2, WIDTH)
+    directions = torch.linalg.qr(torch.randn(WIDTH, WIDTH, generator=generator)).Q
+    keys = torch.randn(4096, WIDTH, generator=generator) * lengths @ directions.T + 7
+    root = directions @ torch.diag(lengths) @ directions.T
+    metric = find_metric(keys) - FLOOR * torch.eye(WIDTH)
+    assert (metric - root / lengths.mean()).norm() < 0.1 * metric.norm()
+
+
+def test_queries_are_told_apart_by_what_keys_differ_in(monkeypatch):
+    generator = torch.Generator().manual_seed(3)
+    x = draw_smooth(16, 16)
+    told = torch.arange(HEADS * WIDTH) % WIDTH < 4
+    q, k = torch.where(told, x, torch.randn(x.shape, generator=generator)), x * told
+    exact, short = attend(q, k, x), attend(q, k[:, :20], x[:, :20])
+
+    def measure() -> float:
+        return (carry_missed(attend, q, k, x, short.clone(), 8, HEADS) - exact).norm().item()
+
+    by_keys = measure()
+    monkeypatch.setattr(landmarks, "find_metric", lambda seen: torch.eye(seen.shape[-1]))
+    assert by_keys < 0.6 * measure()
 
 
 def test_queries_far_from_all_others_do_not_unsettle_the_system():
