@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .config import DHAConfig
-from .landmarks import carry_missed
+from .landmarks import carry_missed, place_landmarks
 from .local import LocalMix
 from .memory import Memory
 from .routing import ContextPlan, Router, cell_means, coarse_indices
@@ -58,24 +58,24 @@ class Blend(nn.Module):
 class Mixing(NamedTuple):
     """How queries see a context once it is projected: `log_weights` (B, m) are added to its logits.
 
-    They are zeros that carry the router's gradient, and None where none is asked for. With landmarks, every `step`-th
-    query, what is projected are all N `tokens` with the made-up ones behind them; the short context are the `picks`
-    (chosen, grid) of the former and all of the latter.
+    They are zeros that carry the router's gradient, and None where none is asked for. With landmarks, the queries of
+    numbers `marks` (L,), what is projected are all N `tokens` with the made-up ones behind them; the short context are
+    the `picks` (chosen, grid) of the former and all of the latter.
     """
 
     log_weights: Tensor | None = None
-    step: int = 0
+    marks: Tensor | None = None
     tokens: int = 0
     picks: tuple[Tensor | None, Tensor | None] = (None, None)
 
     def run(self, attend: Callable, q: Tensor, k: Tensor, v: Tensor, options: dict) -> Tensor:
         """Attention of q (B, N, C) to projected keys and values (B, any, C); `attend` is as in `dha.patch`."""
         mask = None if self.log_weights is None else self.log_weights[:, None, None].to(q.dtype)
-        if not self.step:
+        if self.marks is None:
             return attend(q, k, v, options, mask)
         (k, made_k), (v, made_v) = (x.tensor_split([self.tokens], dim=1) for x in (k, v))
         near = attend(q, self.pick(k, made_k), self.pick(v, made_v), options, mask)
-        return carry_missed(partial(attend, options=options, mask=None), q, k, v, near, self.step, options["n_heads"])
+        return carry_missed(partial(attend, options=options, mask=None), q, k, v, near, self.marks, options["n_heads"])
 
     def pick(self, x: Tensor, made: Tensor) -> Tensor:
         """The short context (B, m, C) of projected tokens x (B, N, C) and `made` ones (B, any, C)."""
@@ -122,10 +122,13 @@ class HybridSite(nn.Module):
         """x plus its low-rank correction for q, k, v or out; x itself where there is none."""
         return self.deltas[name](x) if name in self.deltas else x
 
-    def build_context(self, x: Tensor, emb: Tensor, plan: ContextPlan, grid: Tensor | None = None) -> Context:
+    def build_context(
+        self, x: Tensor, emb: Tensor, plan: ContextPlan, grid: Tensor | None = None, marks: Tensor | None = None
+    ) -> Context:
         """Keys for tokens x (B, N, C) of a `plan.height` x `plan.width` picture at time embedding emb (B, E).
 
-        `grid` (coarse,) are one token of each cell, without it the middle ones. Raises ValueError when the plan needs a
+        `grid` (coarse,) are one token of each cell, without it the middle ones; `marks` (L,) are the landmarks', worked
+        out here where they are not given. Raises ValueError when the plan needs a
         router and there is none.
         """
         scores = chosen = None
@@ -137,10 +140,12 @@ class HybridSite(nn.Module):
         if plan.coarse and grid is None:
             grid = coarse_indices(plan, x.device)
         picks = chosen, grid if self.blend is None else None
-        tokens = x if plan.step else take_tokens(x, *picks)
+        if plan.landmarks and marks is None:
+            marks = place_landmarks(plan.height, plan.width, plan.landmarks, x.device)
+        tokens = x if plan.landmarks else take_tokens(x, *picks)
         keys, values = self.append_made(tokens, x, plan, grid)
         short = plan.chosen + plan.coarse + (0 if self.memory is None else len(self.memory.tokens))
-        return Context(keys, values, Mixing(self.weigh(scores, chosen, short), plan.step, plan.tokens, picks), chosen)
+        return Context(keys, values, Mixing(self.weigh(scores, chosen, short), marks, plan.tokens, picks), chosen)
 
     def append_made(self, tokens: Tensor, x: Tensor, plan: ContextPlan, grid: Tensor | None) -> tuple[Tensor, Tensor]:
         """Keys and values of `tokens` (B, any, C) and of what is made of x (B, N, C): blended grid, memory."""

@@ -13,7 +13,8 @@ so that all of it runs on the user's own kernel. Landmarks as in Nystromformer (
 all queries.
 
 The error falls with about the -0.6th power of the number of keys and the -0.45th of that of landmarks, each of which
-costs a query what two keys cost: from three keys to a landmark on, further keys are better spent on further landmarks.
+costs a query what two keys cost: from some three keys to a landmark on, further keys are better spent on further
+landmarks.
 """
 
 from collections.abc import Callable
@@ -22,8 +23,9 @@ import torch
 from torch import Tensor
 
 LANDMARKS = 64  # where nothing else is said
-KEYS_EACH = 3  # more keys than that to a landmark have more landmarks,
-GROWTH = 3  # up to so many times as many
+KEYS_EACH = 4  # more keys than that to a landmark have more landmarks,
+GROWTH = 2.5  # up to so many times as many
+GOLDEN, ONE = 40503, 65536  # the golden section and 1 in 16 bits
 WIDTH = 0.5  # of the kernel, in variances of the landmarks
 RIDGE = 0.001
 FLOOR = 0.2  # of the metric, in its mean: no direction counts for less
@@ -31,51 +33,42 @@ ROUNDS = 4  # of Newton's way to a root
 
 
 def count_landmarks(least: int, keys: int, tokens: int) -> int:
-    """At most how many of a layer's queries are landmarks: `least`, or more beside many keys; 0 in a small layer."""
+    """How many of a layer's queries are landmarks: `least`, or more beside many keys; 0 in a small layer."""
     if 2 * least > tokens:
         return 0
-    return max(least, min(keys // KEYS_EACH, GROWTH * least, tokens // 4))
+    return max(least, min(keys // KEYS_EACH, int(GROWTH * least), tokens // 4))
 
 
-def choose_step(height: int, width: int, most: int) -> int:
-    """How many tokens lie between two landmarks, so that at most `most` cover height x width tokens evenly.
+def place_landmarks(height: int, width: int, count: int, device: torch.device | None = None) -> Tensor:
+    """The numbers (count,) of evenly spread tokens of height x width, at most a quarter of them.
 
-    From one row to the next they shift by nearly the golden section: they would stand in columns otherwise.
+    A Fibonacci lattice: as many to each row, one golden section of it from the next.
     """
-    least = -(-height * width // most)
-    return min([(unevenness(step, width), step) for step in range(least, least + least // 4 + 1)])[1]
+    numbers = torch.arange(count, device=device)
+    row = (2 * numbers + 1) * height // (2 * count)
+    column = numbers * GOLDEN % ONE * width // ONE
+    return row * width + column
 
 
-def unevenness(step: int, width: int) -> float:
-    """How far a step's shift from row to row is from the golden section, of the row or of the step."""
-    shift = step % width / width if step >= width else width % step / step
-    return round(min(abs(shift - 0.382), abs(shift - 0.618)), 3)
-
-
-def pick_landmarks(q: Tensor, step: int) -> Tensor:
-    """Every `step`-th of queries (B, N, C), nothing copied."""
-    return q[:, step // 2 :: step]
-
-
-def carry_missed(attend: Callable, q: Tensor, k: Tensor, v: Tensor, near: Tensor, step: int, heads: int) -> Tensor:
+def carry_missed(attend: Callable, q: Tensor, k: Tensor, v: Tensor, near: Tensor, marks: Tensor, heads: int) -> Tensor:
     """What q (B, N, C) would see of all k and v (B, N, C), from what they see `near` (B, N, C), in a short context.
 
-    `attend(q, k, v)` is an attention of `heads` heads that divides logits by the root of a head's width. Without
-    gradients `near` is written into.
+    `marks` (L,) are the landmarks' numbers. `attend(q, k, v)` is an attention of `heads` heads that divides logits by
+    the root of a head's width. Without gradients `near` is written into.
     """
-    marks = pick_landmarks(q, step)
-    missed = attend(marks, k, v) - pick_landmarks(near, step)
-    carried = attend(q, *solve_carriers(marks, pick_landmarks(k, step), missed, heads))
+    points, seen, short = (x.index_select(1, marks) for x in (q, k, near))
+    carried = attend(q, *solve_carriers(points, seen, attend(points, k, v) - short, heads))
     return near + carried if near.requires_grad else near.add_(carried)
 
 
-def solve_carriers(marks: Tensor, seen: Tensor, missed: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+def solve_carriers(points: Tensor, seen: Tensor, missed: Tensor, heads: int) -> tuple[Tensor, Tensor]:
     """Keys and values (B, L, C) with which attention says at landmarks (B, L, C) what was `missed` (B, L, C) there.
 
     `seen` (B, any, C) are keys, whose metric it is. Solved in fp32, whatever the precision around it.
     """
-    with torch.autocast(marks.device.type, enabled=False):
-        points, seen, errors = (x.float().unflatten(-1, (heads, -1)).transpose(1, 2) for x in (marks, seen, missed))
+    dtype = points.dtype
+    with torch.autocast(points.device.type, enabled=False):
+        points, seen, errors = (x.float().unflatten(-1, (heads, -1)).transpose(1, 2) for x in (points, seen, missed))
         middle = points.mean(2, keepdim=True)
         offsets = points - middle
         keys = offsets @ find_metric(seen)
@@ -83,7 +76,7 @@ def solve_carriers(marks: Tensor, seen: Tensor, missed: Tensor, heads: int) -> t
         mean = errors.mean(2, keepdim=True)
         values = solve_softmax(offsets, middle, keys, errors - mean) + mean
         keys = keys * points.shape[-1] ** 0.5
-        keys, values = (x.transpose(1, 2).flatten(2).to(marks.dtype) for x in (keys, values))
+        keys, values = (x.transpose(1, 2).flatten(2).to(dtype) for x in (keys, values))
     return keys, values
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .dither import PHASES, dithered_indices, find_phase, list_phases
 from .hybrid import HybridSite, Mixing
+from .landmarks import place_landmarks
 from .official import OfficialSite
 from .presets import OWN, Stretch
 from .routing import ContextPlan, coarse_indices
@@ -83,11 +84,12 @@ class Planner:
         self.stretch, self.pays = stretch, pays
         self.plans: dict[tuple[int, int, int], ContextPlan | None] = {}
         self.grids: dict[tuple[ContextPlan, torch.device], Tensor] = {}
+        self.marks: dict[tuple[ContextPlan, torch.device], Tensor] = {}
 
     def prepare(
         self, height: int, width: int, x: Tensor, phase: Tensor | None
-    ) -> tuple[ContextPlan | None, Tensor | None]:
-        """Plan and grid (coarse,) of a layer at `phase` (1,) for tokens x (B, height*width, C).
+    ) -> tuple[ContextPlan | None, Tensor | None, Tensor | None]:
+        """Plan, grid (coarse,) and landmarks (L,) of a layer at `phase` (1,) for tokens x (B, height*width, C).
 
         No plan where the layer is to stay as it is; without a phase the grid stands in the middle of its cells.
         """
@@ -95,11 +97,12 @@ class Planner:
         if torch.compiler.is_compiling():
             plan = self.plan(*key)
             grid = dithered_indices(plan, phase)[0] if plan and plan.coarse and phase is not None else None
-            return plan, grid
+            return plan, grid, None
         if key not in self.plans:
             self.plans[key] = self.plan(*key)
         plan = self.plans[key]
-        return plan, self.pick_grid(plan, phase, x.device) if plan and plan.coarse else None
+        grid = self.pick_grid(plan, phase, x.device) if plan and plan.coarse else None
+        return plan, grid, self.keep_marks(plan, x.device) if plan and plan.landmarks else None
 
     def pick_grid(self, plan: ContextPlan, phase: Tensor | None, device: torch.device) -> Tensor:
         """One of the grids of a plan: all of them are kept, so that a step costs a look-up."""
@@ -110,6 +113,14 @@ class Planner:
                 self.grids[key] = torch.cat([moving, coarse_indices(plan, device)[None]])
         grids = self.grids[key]
         return grids[-1] if phase is None else grids.index_select(0, phase.to(device))[0]
+
+    def keep_marks(self, plan: ContextPlan, device: torch.device) -> Tensor:
+        """The landmarks (L,) of a plan, which are always the same."""
+        key = (plan, device)
+        if key not in self.marks:
+            with torch.inference_mode(False):
+                self.marks[key] = place_landmarks(plan.height, plan.width, plan.landmarks, device)
+        return self.marks[key]
 
     def plan(self, height: int, width: int, channels: int) -> ContextPlan | None:
         """The plan of a size; None where every token is a key, or where a short context does not pay."""
@@ -174,10 +185,10 @@ def make_patches(
         height, width = options["activations_shape"][-2:]
         number = numbers[block]
         phase = None if step.phases is None else step.phases[number : number + 1]
-        plan, grid = planner.prepare(height, width, context, phase)
+        plan, grid, marks = planner.prepare(height, width, context, phase)
         if plan is None:
             return n, context, value
-        keys, values, mixing, chosen = module.build_context(context, emb, plan, grid)
+        keys, values, mixing, chosen = module.build_context(context, emb, plan, grid, marks)
         if WATCH in options:
             options[WATCH](sites[block], plan, grid, chosen, options)
         local = None if module.local is None else module.local(context, emb, height, width)
@@ -192,7 +203,7 @@ def make_patches(
             return attend(q, k, v, options, None)
         # A later patch may have tiled the queries: every tile sees all keys, so that they are one picture's again.
         out = call.mixing.run(attend, q.reshape(len(k), -1, q.shape[-1]), k, v, options).reshape(q.shape)
-        if call.mixing.step:
+        if call.mixing.marks is not None:
             release(k, v)
         return out
 

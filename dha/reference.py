@@ -1,10 +1,12 @@
 """The slow oracle: hybrid attention written token by token from its definition, for tests of the fast path."""
 
+import math
+
 import torch
 from torch import Tensor
 
 from .hybrid import HybridSite
-from .landmarks import FLOOR, RIDGE, ROUNDS, WIDTH
+from .landmarks import FLOOR, GOLDEN, ONE, RIDGE, ROUNDS, WIDTH
 from .memory import SHARPNESS, Memory
 from .routing import ContextPlan
 
@@ -21,13 +23,22 @@ def attend_one(site: HybridSite, attention, x: Tensor, emb: Tensor, plan: Contex
     k = attention.to_k(site.correct("k", keys)).unflatten(-1, (heads, -1))
     v = attention.to_v(site.correct("v", values)).unflatten(-1, (heads, -1))
     mixed = torch.stack([attend_row(q[n], k, v, log_weights) for n in range(len(x))])
-    if plan.step:
+    if plan.landmarks:
         k, v = (
             f(site.correct(n, x)).unflatten(-1, (heads, -1)) for n, f in (("k", attention.to_k), ("v", attention.to_v))
         )
-        mixed = mixed + carry_missed(q, k, v, mixed, list(range(plan.step // 2, len(x), plan.step)))
+        mixed = mixed + carry_missed(q, k, v, mixed, list_landmarks(plan))
     out = site.correct("out", attention.to_out(mixed.flatten(1)))
     return out if site.local is None else out + mix_neighbours(site, x, emb, plan)
+
+
+def list_landmarks(plan: ContextPlan) -> list[int]:
+    """The numbers of the landmarks: as many to each row, and from each to the next column a golden section of a row."""
+    numbers = []
+    for n in range(plan.landmarks):
+        row = math.floor((n + 0.5) * plan.height / plan.landmarks)
+        numbers.append(row * plan.width + math.floor(n * GOLDEN / ONE % 1 * plan.width))
+    return numbers
 
 
 def attend_row(q: Tensor, k: Tensor, v: Tensor, log_weights: Tensor) -> Tensor:

@@ -7,21 +7,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .landmarks import choose_step, count_landmarks
+from .landmarks import count_landmarks
 
 
 @dataclass(frozen=True)
 class ContextPlan:
     """Keys of one level: a grid with one token per cell of `strides` (down, across) tokens, and `chosen` others.
 
-    Strides of 0 mean no grid. Every `step`-th query is a landmark, with a step of 0 none is.
+    Strides of 0 mean no grid. So many of the queries are `landmarks`.
     """
 
     height: int
     width: int
     strides: tuple[int, int]
     chosen: int
-    step: int = 0
+    landmarks: int = 0
 
     @property
     def tokens(self) -> int:
@@ -38,10 +38,6 @@ class ContextPlan:
     def coarse(self) -> int:
         return self.grid[0] * self.grid[1]
 
-    @property
-    def landmarks(self) -> int:
-        return len(range(self.step // 2, self.tokens, self.step)) if self.step else 0
-
 
 def plan_context(
     height: int, width: int, budget: float, coarse_share: float, max_tokens: int, routed: bool, landmarks: int = 0
@@ -55,11 +51,10 @@ def plan_context(
     tokens = height * width
     keys = specialise(max(1, min(round(budget * tokens), max_tokens, tokens)))
     marks = count_landmarks(landmarks, keys, tokens)
-    step = choose_step(height, width, marks) if marks else 0
     allowance = keys * coarse_share if routed else keys
     if allowance < 1:
-        return ContextPlan(height, width, (0, 0), keys, step)
-    plan = ContextPlan(height, width, choose_strides(height, width, int(allowance)), 0, step)
+        return ContextPlan(height, width, (0, 0), keys, marks)
+    plan = ContextPlan(height, width, choose_strides(height, width, int(allowance)), 0, marks)
     return replace(plan, chosen=keys - plan.coarse) if routed else plan
 
 

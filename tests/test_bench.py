@@ -133,7 +133,7 @@ def test_single_layers_are_timed_with_the_keys_of_their_preset(document):
     ]  # fmt: skip
     pairs = {s["name"]: s["attention_pairs"] for s in layers[1]["subjects"] if "error" not in s}
     assert pairs["plain"] == 256 * 256 and pairs["ceiling"] == 0 and pairs["kv2"] == 256 * 64
-    marks = 51  # at most 64, see `dha.landmarks`
+    marks = 64
     assert pairs["dha-balanced"] == 256 * (16 + 2 * marks) == pairs["student-balanced"] - 256 * MEMORY
     assert pairs["official-0.5"] == 128 * 128
 

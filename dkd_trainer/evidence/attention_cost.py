@@ -24,7 +24,7 @@ def count_cost(config: DHAConfig, side: int, channels: int) -> int:
         side, side, config.token_budget, config.coarse_share, config.max_tokens, routed, config.landmarks
     )
     keys = plan.coarse + plan.chosen + config.memory
-    whole = keys + tokens if plan.step else keys
+    whole = keys + tokens if plan.landmarks else keys
     rows = {"q": tokens, "k": whole, "v": whole, "out": tokens}
     deltas = sum(2 * rows[name] * channels * config.rank for name in config.deltas if config.rank)
     local = tokens * config.local * (2 * channels + REACH**2)
