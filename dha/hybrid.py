@@ -127,9 +127,8 @@ class HybridSite(nn.Module):
     ) -> Context:
         """Keys for tokens x (B, N, C) of a `plan.height` x `plan.width` picture at time embedding emb (B, E).
 
-        `grid` (coarse,) are one token of each cell, without it the middle ones; `marks` (L,) are the landmarks', worked
-        out here where they are not given. Raises ValueError when the plan needs a
-        router and there is none.
+        `grid` (coarse,) are one token of each cell, without it the middle ones; `marks` (L,) are the landmarks',
+        worked out here where they are not given. Raises ValueError when the plan needs a router and there is none.
         """
         scores = chosen = None
         if plan.chosen:

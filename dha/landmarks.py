@@ -6,9 +6,9 @@ e = attention(l, all) - attention(l, short) is known, and kernel ridge regressio
 
     out(q) = attention(q, short) + phi(q) (phi(l) + RIDGE I)^-1 e,    phi(q) = softmax(q M (l - l') / (WIDTH var))
 
-with l' their mean and var their variance in the metric M: the root of the covariance of their keys, for queries see
-differently what keys differ in. (Of the short context's keys it would go with the error, which then would not cancel
-from grid to grid.) phi(q) is an attention as well, to keys made of landmarks and to values that solve a small system,
+with l' their mean and var their variance in the metric M, the root of the covariance of their keys: what keys do not
+differ in tells no queries apart. (The short context's keys change with its grid: a metric of theirs goes with the error,
+which then does not cancel from one grid to the next.) phi(q) is an attention as well, to keys made of landmarks and to values that solve a small system,
 so that all of it runs on the user's own kernel. Landmarks as in Nystromformer (arXiv 2102.03902), where they stand for
 all queries.
 
@@ -88,7 +88,7 @@ def find_metric(seen: Tensor) -> Tensor:
     """
     spread = seen - seen.mean(-2, keepdim=True)
     root = spread.transpose(-1, -2) @ spread
-    root = root / root.square().sum((-1, -2), keepdim=True).sqrt().clamp(min=1e-6)
+    root = root / torch.linalg.matrix_norm(root, keepdim=True).clamp(min=1e-6)
     one = torch.eye(root.shape[-1], dtype=root.dtype, device=root.device)
     inverse = one
     for _ in range(ROUNDS):

@@ -117,6 +117,14 @@ def test_the_metric_is_the_root_of_the_keys_covariance():
     assert (metric - root / lengths.mean()).norm() < 0.1 * metric.norm()
 
 
+def test_keys_that_are_all_the_same_have_a_metric_and_gradients():
+    keys = torch.ones(2, 8, WIDTH, requires_grad=True)
+    metric = find_metric(keys)
+    metric.sum().backward()
+    torch.testing.assert_close(metric.detach(), FLOOR * torch.eye(WIDTH).expand(2, -1, -1))
+    assert keys.grad is not None and keys.grad.isfinite().all()
+
+
 def test_queries_are_told_apart_by_what_keys_differ_in(monkeypatch):
     generator = torch.Generator().manual_seed(3)
     x = draw_smooth(16, 16)
