@@ -7,10 +7,10 @@ e = attention(l, all) - attention(l, short) is known, and kernel ridge regressio
     out(q) = attention(q, short) + phi(q) (phi(l) + RIDGE I)^-1 e,    phi(q) = softmax(q M (l - l') / (WIDTH var))
 
 with l' their mean and var their variance in the metric M, the root of the covariance of their keys: what keys do not
-differ in tells no queries apart. (The short context's keys change with its grid: a metric of theirs goes with the error,
-which then does not cancel from one grid to the next.) phi(q) is an attention as well, to keys made of landmarks and to values that solve a small system,
-so that all of it runs on the user's own kernel. Landmarks as in Nystromformer (arXiv 2102.03902), where they stand for
-all queries.
+differ in tells no queries apart. (The short context's keys change with its grid: a metric of theirs goes with the
+error, which then does not cancel from one grid to the next.) phi(q) is an attention as well, to keys made of landmarks
+and to values that solve a small system, so that all of it runs on the user's own kernel. Landmarks as in Nystromformer
+(arXiv 2102.03902), where they stand for all queries.
 
 The error falls with about the -0.6th power of the number of keys and the -0.45th of that of landmarks, each of which
 costs a query what two keys cost: from some three keys to a landmark on, further keys are better spent on further
