@@ -86,15 +86,17 @@ def find_metric(seen: Tensor) -> Tensor:
     By the iteration of Newton and Schulz, matrix products alone. After few rounds the small directions are still
     shorter than in the root.
     """
-    spread = seen - seen.mean(-2, keepdim=True)
+    spread = (seen - seen.mean(-2, keepdim=True)).flatten(0, -3)
     root = spread.transpose(-1, -2) @ spread
     root = root / torch.linalg.matrix_norm(root, keepdim=True).clamp(min=1e-6)
-    one = torch.eye(root.shape[-1], dtype=root.dtype, device=root.device)
-    inverse = one
-    for _ in range(ROUNDS):
-        step = 1.5 * one - 0.5 * inverse @ root
+    one = torch.eye(root.shape[-1], dtype=root.dtype, device=root.device).expand_as(root)
+    step = inverse = 1.5 * one - 0.5 * root
+    root = root @ step
+    for _ in range(ROUNDS - 1):
+        step = torch.baddbmm(one, inverse, root, beta=1.5, alpha=-0.5)
         root, inverse = root @ step, step @ inverse
-    return root / root.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None].clamp(min=1e-6) + FLOOR * one
+    metric = root / root.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None].clamp(min=1e-6) + FLOOR * one
+    return metric.unflatten(0, seen.shape[:-2])
 
 
 def solve_softmax(offsets: Tensor, middle: Tensor, keys: Tensor, errors: Tensor) -> Tensor:

@@ -111,9 +111,9 @@ def test_the_metric_is_the_root_of_the_keys_covariance():
     generator = torch.Generator().manual_seed(3)
     lengths = torch.linspace(0.5, 2, WIDTH)
     directions = torch.linalg.qr(torch.randn(WIDTH, WIDTH, generator=generator)).Q
-    keys = torch.randn(4096, WIDTH, generator=generator) * lengths @ directions.T + 7
+    keys = torch.randn(1, 4096, WIDTH, generator=generator) * lengths @ directions.T + 7
     root = directions @ torch.diag(lengths) @ directions.T
-    metric = find_metric(keys) - FLOOR * torch.eye(WIDTH)
+    metric = find_metric(keys)[0] - FLOOR * torch.eye(WIDTH)
     assert (metric - root / lengths.mean()).norm() < 0.1 * metric.norm()
 
 
