@@ -51,12 +51,16 @@ def place_landmarks(height: int, width: int, count: int, device: torch.device | 
 
 
 def carry_missed(attend: Callable, q: Tensor, k: Tensor, v: Tensor, near: Tensor, marks: Tensor, heads: int) -> Tensor:
-    """What q (B, N, C) would see of all k and v (B, N, C), from what they see `near` (B, N, C), in a short context.
+    """What q (B, M, C) would see of all k and v (B, N, C), from what they see `near` (B, M, C), in a short context.
 
-    `marks` (L,) are the landmarks' numbers. `attend(q, k, v)` is an attention of `heads` heads that divides logits by
-    the root of a head's width. Without gradients `near` is written into.
+    `marks` (L,) are the landmarks' numbers, of N; where queries were merged to M fewer, they stand as far along these.
+    `attend(q, k, v)` is an attention of `heads` heads that divides logits by the root of a head's width. Without
+    gradients `near` is written into.
     """
-    points, seen, short = (x.index_select(1, marks) for x in (q, k, near))
+    seen = k.index_select(1, marks)
+    if q.shape[1] != k.shape[1]:
+        marks = marks * q.shape[1] // k.shape[1]
+    points, short = (x.index_select(1, marks) for x in (q, near))
     carried = attend(q, *solve_carriers(points, seen, attend(points, k, v) - short, heads))
     return near + carried if near.requires_grad else near.add_(carried)
 

@@ -56,6 +56,14 @@ def test_an_error_that_is_the_same_everywhere_goes_away_altogether():
     torch.testing.assert_close(elsewhere, missed[:, :1].expand_as(elsewhere), atol=1e-5, rtol=1e-4)
 
 
+def test_queries_that_were_merged_have_landmarks_of_their_own():
+    x = draw_smooth(16, 16)
+    merged = x.unflatten(1, (-1, 2)).mean(2)
+    exact, short = attend(merged, x, x), attend(merged, x[:, :20], x[:, :20])
+    out = carry_missed(attend, merged, x, x, short.clone(), MARKS, HEADS)
+    assert (out - exact).norm() < 0.5 * (short - exact).norm()
+
+
 @pytest.mark.parametrize("dtype,most", [(torch.bfloat16, 0.02), (torch.float16, 0.005)])
 def test_half_precision_carries_the_same(dtype, most):
     x = draw_smooth(16, 16)
