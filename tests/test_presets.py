@@ -12,6 +12,7 @@ import torch
 
 from dha.config import DHAConfig
 from dha.dither import dithered_indices
+from dha.landmarks import place_landmarks
 from dha.patch import Planner, make_patches, plain_attention
 from dha.payoff import Payoff, choose_payoff
 from dha.presets import PRESETS, Preset, Stretch
@@ -105,22 +106,24 @@ def test_the_table_of_the_same_precision_comes_first():
     assert choose_payoff([TABLE, other], "cpu", "fp16").rows[0].speedup == 0.9
 
 
-def test_planner_asks_once_a_size_and_keeps_the_grids():
+def test_planner_asks_once_a_size_and_keeps_the_grids_and_landmarks():
     asked = []
 
     def pays(*size):
         asked.append(size)
         return size[0] > 100
 
-    planner = Planner(Student(DHAConfig(token_budget=0.25), FULL_SIZE), pays=pays)
+    planner = Planner(Student(DHAConfig(token_budget=0.25, landmarks=64), FULL_SIZE), pays=pays)
     x, small = torch.randn(2, 256, 320), torch.randn(2, 64, 320)
     phase = torch.tensor([5])
     with torch.inference_mode():
-        plan, grid = planner.prepare(16, 16, x, phase)
+        plan, grid, marks = planner.prepare(16, 16, x, phase)
     (kept,) = planner.grids.values()
+    assert torch.equal(marks, place_landmarks(16, 16, 64)) and not marks.is_inference()
+    assert planner.prepare(16, 16, x, phase)[2] is marks
     assert torch.equal(grid, dithered_indices(plan, phase)[0]) and not kept.is_inference()
     assert torch.equal(planner.prepare(16, 16, x, None)[1], coarse_indices(plan, x.device))
-    assert planner.prepare(8, 8, small, phase) == (None, None) == planner.prepare(8, 8, small, phase)
+    assert planner.prepare(8, 8, small, phase) == (None, None, None) == planner.prepare(8, 8, small, phase)
     assert asked == [(256, 320, 64), (64, 320, 16)]
 
 
