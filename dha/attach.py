@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from .dither import find_phase
 from .patch import STATE, Patches, make_patches, plain_attention
+from .planner import Pays
 from .presets import Preset
 from .sites import SITES, Site
 from .student import Student
@@ -15,9 +16,7 @@ STRETCH = "dha_stretch"  # key in our options for the number of the stretch that
 PHASE = "dha_phase"  # key in our options for the phase of the running forward's grids
 
 
-def attach(
-    unet: nn.Module, student: Student, spending: Preset, pays: Callable[[int, int, int], bool] | None = None
-) -> Callable[[], None]:
+def attach(unet: nn.Module, student: Student, spending: Preset, pays: Pays | None = None) -> Callable[[], None]:
     """Run `student` inside `unet`, where it `pays` as for `make_patches`; returns what takes it off again.
 
     The modules of `unet` are named and called as in Stable Diffusion's published code. Calls of a self-attention with a

@@ -9,10 +9,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .config import DHAConfig
-from .landmarks import carry_missed, place_landmarks
+from .landmarks import carry_missed
 from .local import LocalMix
 from .memory import Memory
-from .routing import ContextPlan, Router, cell_means, coarse_indices
+from .places import Places, find_places
+from .routing import ContextPlan, Router, cell_means
 
 
 class LowRank(nn.Module):
@@ -122,13 +123,10 @@ class HybridSite(nn.Module):
         """x plus its low-rank correction for q, k, v or out; x itself where there is none."""
         return self.deltas[name](x) if name in self.deltas else x
 
-    def build_context(
-        self, x: Tensor, emb: Tensor, plan: ContextPlan, grid: Tensor | None = None, marks: Tensor | None = None
-    ) -> Context:
+    def build_context(self, x: Tensor, emb: Tensor, plan: ContextPlan, places: Places | None = None) -> Context:
         """Keys for tokens x (B, N, C) of a `plan.height` x `plan.width` picture at time embedding emb (B, E).
 
-        `grid` (coarse,) are one token of each cell, without it the middle ones; `marks` (L,) are the landmarks',
-        worked out here where they are not given. Raises ValueError when the plan needs a router and there is none.
+        Without `places` the grid stands in the middle. Raises ValueError when a plan needs a router and there is none.
         """
         scores = chosen = None
         if plan.chosen:
@@ -136,11 +134,8 @@ class HybridSite(nn.Module):
                 raise ValueError(f"the plan chooses {plan.chosen} tokens, but this site has no router")
             scores = self.router(x, emb)
             chosen = scores.topk(plan.chosen, dim=1, sorted=False).indices
-        if plan.coarse and grid is None:
-            grid = coarse_indices(plan, x.device)
+        grid, marks = find_places(plan, None, x.device) if places is None else places
         picks = chosen, grid if self.blend is None else None
-        if plan.landmarks and marks is None:
-            marks = place_landmarks(plan.height, plan.width, plan.landmarks, x.device)
         tokens = x if plan.landmarks else take_tokens(x, *picks)
         keys, values = self.append_made(tokens, x, plan, grid)
         short = plan.chosen + plan.coarse + (0 if self.memory is None else len(self.memory.tokens))
@@ -174,13 +169,13 @@ class HybridSite(nn.Module):
         emb: Tensor,
         plan: ContextPlan,
         heads: int,
-        grid: Tensor | None = None,
+        places: Places | None = None,
     ) -> Tensor:
         """One layer alone: x (B, N, C) through `attention`'s own to_q, to_k, to_v and to_out, with a short context.
 
-        `attend(q, k, v, options, mask)` is as in `dha.patch`, `grid` (coarse,) as in `build_context`.
+        `attend(q, k, v, options, mask)` is as in `dha.patch`, `places` as in `build_context`.
         """
-        keys, values, mixing, _ = self.build_context(x, emb, plan, grid)
+        keys, values, mixing, _ = self.build_context(x, emb, plan, places)
         q = attention.to_q(self.correct("q", x))
         k, v = attention.to_k(self.correct("k", keys)), attention.to_v(self.correct("v", values))
         out = self.correct("out", attention.to_out(mixing.run(attend, q, k, v, {"n_heads": heads})))

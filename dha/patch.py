@@ -6,12 +6,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .dither import PHASES, dithered_indices, find_phase, list_phases
+from .dither import find_phase, list_phases
 from .hybrid import HybridSite, Mixing
-from .landmarks import place_landmarks
 from .official import OfficialSite
+from .planner import Pays, Planner
 from .presets import OWN, Stretch
-from .routing import ContextPlan, coarse_indices
+from .routing import ContextPlan
 from .sites import SITES, Site
 from .student import Student
 
@@ -54,7 +54,7 @@ class Step(NamedTuple):
 
     emb: Tensor
     blocks: frozenset[tuple[str, int]]
-    planner: "Planner"
+    planner: Planner
     phases: Tensor | None
 
 
@@ -65,71 +65,6 @@ class Call(NamedTuple):
     mixing: Mixing = Mixing()
     output: Tensor | None = None
     local: Tensor | None = None
-
-
-class Planner:
-    """How the keys of a student's layers are spent in a stretch, worked out once for each size that comes by.
-
-    Nothing is kept from compiled code: there the plan is a constant of its own, and a tensor made in a CUDA graph is
-    overwritten by the next one.
-    """
-
-    def __init__(
-        self,
-        student: Student,
-        stretch: Stretch = OWN,
-        pays: Callable[[int, int, int], bool] | None = None,
-    ):
-        self.student = student if stretch.trained else student.untrain()
-        self.stretch, self.pays = stretch, pays
-        self.plans: dict[tuple[int, int, int], ContextPlan | None] = {}
-        self.grids: dict[tuple[ContextPlan, torch.device], Tensor] = {}
-        self.marks: dict[tuple[ContextPlan, torch.device], Tensor] = {}
-
-    def prepare(
-        self, height: int, width: int, x: Tensor, phase: Tensor | None
-    ) -> tuple[ContextPlan | None, Tensor | None, Tensor | None]:
-        """Plan, grid (coarse,) and landmarks (L,) of a layer at `phase` (1,) for tokens x (B, height*width, C).
-
-        No plan where the layer is to stay as it is; without a phase the grid stands in the middle of its cells.
-        """
-        key = (height, width, x.shape[-1])
-        if torch.compiler.is_compiling():
-            plan = self.plan(*key)
-            grid = dithered_indices(plan, phase)[0] if plan and plan.coarse and phase is not None else None
-            return plan, grid, None
-        if key not in self.plans:
-            self.plans[key] = self.plan(*key)
-        plan = self.plans[key]
-        grid = self.pick_grid(plan, phase, x.device) if plan and plan.coarse else None
-        return plan, grid, self.keep_marks(plan, x.device) if plan and plan.landmarks else None
-
-    def pick_grid(self, plan: ContextPlan, phase: Tensor | None, device: torch.device) -> Tensor:
-        """One of the grids of a plan: all of them are kept, so that a step costs a look-up."""
-        key = (plan, device)
-        if key not in self.grids:
-            with torch.inference_mode(False):  # they are kept for later calls, of which some may train
-                moving = dithered_indices(plan, torch.arange(PHASES, device=device))
-                self.grids[key] = torch.cat([moving, coarse_indices(plan, device)[None]])
-        grids = self.grids[key]
-        return grids[-1] if phase is None else grids.index_select(0, phase.to(device))[0]
-
-    def keep_marks(self, plan: ContextPlan, device: torch.device) -> Tensor:
-        """The landmarks (L,) of a plan, which are always the same."""
-        key = (plan, device)
-        if key not in self.marks:
-            with torch.inference_mode(False):
-                self.marks[key] = place_landmarks(plan.height, plan.width, plan.landmarks, device)
-        return self.marks[key]
-
-    def plan(self, height: int, width: int, channels: int) -> ContextPlan | None:
-        """The plan of a size; None where every token is a key, or where a short context does not pay."""
-        plan = self.student.plan(height, width, self.stretch)
-        if plan.coarse + plan.chosen >= plan.tokens:
-            return None
-        if self.pays is not None and not self.pays(plan.tokens, channels, plan.coarse + plan.chosen):
-            return None
-        return plan
 
 
 def read_phase(options: dict) -> Tensor | None:
@@ -145,7 +80,7 @@ def make_patches(
     levels: tuple[int, ...] | None = None,
     find_stretch: Callable[[dict], int | None] = lambda _options: 0,
     skip: frozenset[tuple[str, int]] = frozenset(),
-    pays: Callable[[int, int, int], bool] | None = None,
+    pays: Pays | None = None,
     phase_of: Callable[[dict], Tensor | None] = read_phase,
 ) -> Patches:
     """Callables that run `student` inside a UNet.
@@ -185,12 +120,13 @@ def make_patches(
         height, width = options["activations_shape"][-2:]
         number = numbers[block]
         phase = None if step.phases is None else step.phases[number : number + 1]
-        plan, grid, marks = planner.prepare(height, width, context, phase)
-        if plan is None:
+        prepared = planner.prepare(height, width, context, phase)
+        if prepared is None:
             return n, context, value
-        keys, values, mixing, chosen = module.build_context(context, emb, plan, grid, marks)
+        plan, places = prepared
+        keys, values, mixing, chosen = module.build_context(context, emb, plan, places)
         if WATCH in options:
-            options[WATCH](sites[block], plan, grid, chosen, options)
+            options[WATCH](sites[block], plan, places.grid, chosen, options)
         local = None if module.local is None else module.local(context, emb, height, width)
         options[STATE] = Call(module, mixing, local=local)
         return module.correct("q", n), module.correct("k", keys), module.correct("v", values)

@@ -10,7 +10,8 @@ from comfy.patcher_extension import WrappersMP
 from comfy_api.latest import io
 
 from ..dha.checkpoint import check_architecture
-from ..dha.patch import Patches, Planner, make_patches
+from ..dha.patch import Patches, make_patches
+from ..dha.planner import Pays, Planner
 from ..dha.presets import NO_CAP, PRESETS, Preset, Stretch
 from ..dha.sites import read_architecture
 from ..dha.student import FREE_CONFIG, Student
@@ -220,7 +221,7 @@ def ask_ahead(patched, question: Callable[[dict], int | None], key: str) -> Call
     return lambda options: options.get(place, 0)
 
 
-def say_if_nothing_pays(student: Student, stretch: Stretch, pays: Callable[[int, int, int], bool]) -> Callable:
+def say_if_nothing_pays(student: Student, stretch: Stretch, pays: Pays) -> Callable:
     """A wrapper of whole samplings: a user whose picture is too small for a gain is told, and what to do about it."""
     wanted, paying = Planner(student, stretch), Planner(student, stretch, pays)
     channels = {site.level: student.architecture.channels[site.name] for site in student.list_sites()}

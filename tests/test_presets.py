@@ -13,8 +13,9 @@ import torch
 from dha.config import DHAConfig
 from dha.dither import dithered_indices
 from dha.landmarks import place_landmarks
-from dha.patch import Planner, make_patches, plain_attention
+from dha.patch import make_patches, plain_attention
 from dha.payoff import Payoff, choose_payoff
+from dha.planner import Planner
 from dha.presets import PRESETS, Preset, Stretch
 from dha.routing import coarse_indices
 from dha.sites import SITES, Architecture
@@ -117,13 +118,13 @@ def test_planner_asks_once_a_size_and_keeps_the_grids_and_landmarks():
     x, small = torch.randn(2, 256, 320), torch.randn(2, 64, 320)
     phase = torch.tensor([5])
     with torch.inference_mode():
-        plan, grid, marks = planner.prepare(16, 16, x, phase)
-    (kept,) = planner.grids.values()
+        plan, (grid, marks) = planner.prepare(16, 16, x, phase)
+    (kept,) = planner.places.values()
     assert torch.equal(marks, place_landmarks(16, 16, 64)) and not marks.is_inference()
-    assert planner.prepare(16, 16, x, phase)[2] is marks
-    assert torch.equal(grid, dithered_indices(plan, phase)[0]) and not kept.is_inference()
-    assert torch.equal(planner.prepare(16, 16, x, None)[1], coarse_indices(plan, x.device))
-    assert planner.prepare(8, 8, small, phase) == (None, None, None) == planner.prepare(8, 8, small, phase)
+    assert planner.prepare(16, 16, x, phase)[1].marks is marks
+    assert torch.equal(grid, dithered_indices(plan, phase)[0]) and not kept.grids.is_inference()
+    assert torch.equal(planner.prepare(16, 16, x, None)[1].grid, coarse_indices(plan, x.device))
+    assert planner.prepare(8, 8, small, phase) is None is planner.prepare(8, 8, small, phase)
     assert asked == [(256, 320, 64), (64, 320, 16)]
 
 

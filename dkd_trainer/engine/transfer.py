@@ -2,16 +2,16 @@
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dha.dither import dithered_indices, draw_phases
+from dha.dither import draw_phases
 from dha.official import OfficialSite
+from dha.places import list_places
 from dha.presets import Stretch
-from dha.routing import ContextPlan
 from dha.sites import Site
 from dha.student import Student
 
@@ -103,8 +103,8 @@ def watch_sites(
                 losses[site.name] = relative_error(module(x, emb), out)
         elif plan.coarse + plan.chosen < plan.tokens:
             with torch.enable_grad():
-                grids = list_grids(plan, draw_all(x.device)[site.block])
-                outputs = [module(attention, trained_attention, x, emb, plan, attention.heads, g) for g in grids]
+                run = partial(module, attention, trained_attention, x, emb, plan, attention.heads)
+                outputs = [run(places) for places in list_places(plan, draw_all(x.device)[site.block])]
                 losses[site.name] = joint_error(outputs, out, spread)
                 if plan.chosen:
                     scores = module.router(x, emb)
@@ -112,11 +112,6 @@ def watch_sites(
         return out
 
     return {"emb_patch": [keep_embedding], "attn1_patch": [keep_input], "attn1_output_patch": [compare_output]}
-
-
-def list_grids(plan: ContextPlan, phases: Tensor) -> list[Tensor | None]:
-    """The grids (coarse,) at phases (count,); one None where a plan has no grid."""
-    return list(dithered_indices(plan, phases)) if plan.coarse else [None]
 
 
 def count_grids(spread: float) -> int:

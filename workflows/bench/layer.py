@@ -97,17 +97,21 @@ def run_strided(attention: nn.Module, x: Tensor, side: tuple[int, int]) -> Tenso
     return attention(x, context=x.unflatten(1, side)[:, ::2, ::2].flatten(1, 2))
 
 
-def run_hybrid(attention: nn.Module, site: nn.Module, x: Tensor, emb: Tensor, plan, grid: Tensor | None) -> Tensor:
+def run_hybrid(attention: nn.Module, site: nn.Module, x: Tensor, emb: Tensor, plan, places) -> Tensor:
     """As `dha.patch` does it inside of a block, with the user's attention kernel."""
-    return site(attention, import_from_pack("nodes.apply").attend, x, emb, plan, attention.heads, grid)
+    return site(attention, import_from_pack("nodes.apply").attend, x, emb, plan, attention.heads, places)
 
 
 def plan_hybrid(layer: Layer, stretch, config):
-    """The plan of a layer, and its grid on the CPU."""
-    routing = import_from_pack("dha.routing")
+    """The plan of a layer."""
     spent = (stretch.token_budget, config.coarse_share, stretch.max_tokens)
-    plan = routing.plan_context(*layer.side, *spent, bool(config.router_width), config.landmarks)
-    return plan, routing.coarse_indices(plan, torch.device("cpu"))
+    plan_context = import_from_pack("dha.routing").plan_context
+    return plan_context(*layer.side, *spent, bool(config.router_width), config.landmarks)
+
+
+def keep_places(plan, device: torch.device):
+    """Where its grid, in the middle, and its landmarks stand, worked out once as a sampling does."""
+    return import_from_pack("dha.places").KeptPlaces(plan, device).pick(None)
 
 
 def list_stretches() -> dict[str, Any]:
@@ -132,9 +136,8 @@ def enter_layers(layer: Layer, device: torch.device, dtype: torch.dtype) -> list
     ]
     for name, stretch in list_stretches().items():
         for kind, config in (("dha", free), ("student", build(**TRAINED))):
-            plan, grid = plan_hybrid(layer, stretch, config)
-            site = build_site(layer, config, device, dtype)
-            run = partial(run_hybrid, attention, site, x, emb, plan, grid.to(device))
+            plan, site = plan_hybrid(layer, stretch, config), build_site(layer, config, device, dtype)
+            run = partial(run_hybrid, attention, site, x, emb, plan, keep_places(plan, device))
             keys = plan.coarse + plan.chosen
             title = f"{'DHA, training-free' if kind == 'dha' else 'DHA student'}, {name}, {keys} keys"
             entrants.append(enter(f"{kind}-{name}", title, run, keys))
@@ -147,13 +150,13 @@ def enter_layers(layer: Layer, device: torch.device, dtype: torch.dtype) -> list
     return entrants
 
 
-def list_parts(attention: nn.Module, site: nn.Module, x: Tensor, emb: Tensor, plan, grid: Tensor) -> Iterator[tuple]:
+def list_parts(attention: nn.Module, site: nn.Module, x: Tensor, emb: Tensor, plan, places) -> Iterator[tuple]:
     """Name and callable of everything a hybrid layer does, the whole layer first."""
     hybrid = import_from_pack("dha.hybrid")
-    yield "layer", partial(run_hybrid, attention, site, x, emb, plan, grid)
-    yield "context", partial(lambda: site.build_context(x, emb, plan, grid).keys)
-    yield "context: gathering", partial(hybrid.take_tokens, x, None, grid)
-    keys, values, mixing, _ = site.build_context(x, emb, plan, grid)
+    yield "layer", partial(run_hybrid, attention, site, x, emb, plan, places)
+    yield "context", partial(lambda: site.build_context(x, emb, plan, places).keys)
+    yield "context: gathering", partial(hybrid.take_tokens, x, None, places.grid)
+    keys, values, mixing, _ = site.build_context(x, emb, plan, places)
     if site.local is not None:
         yield "local branch", partial(site.local, x, emb, plan.height, plan.width)
     if site.deltas:
@@ -184,10 +187,10 @@ def enter_parts(layer: Layer, trained: bool, device: torch.device, dtype: torch.
     """Where the time of one hybrid layer goes, preset balanced, for a contest: every part on its own."""
     free, build = import_from_pack("dha.student").FREE_CONFIG, import_from_pack("dha.config").DHAConfig
     config = build(**TRAINED) if trained else free
-    plan, grid = plan_hybrid(layer, list_stretches()["balanced"], config)
+    plan = plan_hybrid(layer, list_stretches()["balanced"], config)
     attention, (x, emb) = build_attention(layer, device, dtype), draw_tokens(layer, device, dtype)
     site = build_site(layer, config, device, dtype)
-    parts = list_parts(attention, site, x, emb, plan, grid.to(device))
+    parts = list_parts(attention, site, x, emb, plan, keep_places(plan, device))
     return [
         Entrant(name, name, run, work=layer.work(plan.coarse), family=("part", name, trained)) for name, run in parts
     ]
