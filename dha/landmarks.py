@@ -4,13 +4,14 @@ Queries that lie near each other miss nearly the same: the error of a short cont
 however rough the attention itself is. Landmarks l are the queries of evenly spaced tokens. Of them the error
 e = attention(l, all) - attention(l, short) is known, and kernel ridge regression says it for every query q:
 
-    out(q) = attention(q, short) + phi(q) (phi(l) + RIDGE I)^-1 e,    phi(q) = softmax(q M (l - l') / (WIDTH var))
+    out(q) = attention(q, short) + phi(q) (phi(l) + RIDGE I)^-1 e,    phi(q) = softmax(q M (l - l') / (WIDTH far))
 
-with l' their mean and var their variance in the metric M, the root of the covariance of their keys: what keys do not
-differ in tells no queries apart. (The short context's keys change with its grid: a metric of theirs goes with the
-error, which then does not cancel from one grid to the next.) phi(q) is an attention as well, to keys made of landmarks
-and to values that solve a small system, so that all of it runs on the user's own kernel. Landmarks as in Nystromformer
-(arXiv 2102.03902), where they stand for all queries.
+with l' their mean and the metric M, the root of the covariance of their keys: what keys do not differ in tells no
+queries apart. (The short context's keys change with its grid: a metric of theirs goes with the error, which then does
+not cancel from one grid to the next.) `far` is the square of the longest way from l' to a landmark: were it the mean
+one, a single landmark far out would draw all queries to itself. phi(q) is an attention as well, to keys made of
+landmarks and to values that solve a small system, so that all of it runs on the user's own kernel. Landmarks as in
+Nystromformer (arXiv 2102.03902), where they stand for all queries.
 
 The error falls with about the -0.6th power of the number of keys and the -0.45th of that of landmarks, each of which
 costs a query what two keys cost: from some three keys to a landmark on, further keys are better spent on further
@@ -26,10 +27,10 @@ LANDMARKS = 64  # where nothing else is said
 KEYS_EACH = 4  # more keys than that to a landmark have more landmarks,
 GROWTH = 2.5  # up to so many times as many
 GOLDEN, ONE = 40503, 65536  # the golden section and 1 in 16 bits
-WIDTH = 0.5  # of the kernel, in variances of the landmarks
-RIDGE = 0.001
-FLOOR = 0.2  # of the metric, in its mean: no direction counts for less
-ROUNDS = 4  # of Newton's way to a root
+WIDTH = 0.2  # of the kernel, in squares of the way to the farthest landmark
+RIDGE = 0.0003
+# The root of x on 0 to 1 up to its fifth Chebyshev polynomial, by powers of x; at 0 it is 0.058.
+ROOT = (0.0579, 3.4725, -10.8032, 20.7422, -19.0489, 6.5848)
 
 
 def count_landmarks(least: int, keys: int, tokens: int) -> int:
@@ -68,53 +69,54 @@ def carry_missed(attend: Callable, q: Tensor, k: Tensor, v: Tensor, near: Tensor
 def solve_carriers(points: Tensor, seen: Tensor, missed: Tensor, heads: int) -> tuple[Tensor, Tensor]:
     """Keys and values (B, L, C) with which attention says at landmarks (B, L, C) what was `missed` (B, L, C) there.
 
-    `seen` (B, any, C) are keys, whose metric it is. Solved in fp32, whatever the precision around it.
+    `seen` (B, L, C) are the landmarks' keys, whose metric it is. Solved in fp32, whatever the precision around it. The
+    tensors are small, so that what counts is how many operations there are: parts are handled together.
     """
-    dtype = points.dtype
+    dtype, width = points.dtype, points.shape[-1] // heads
     with torch.autocast(points.device.type, enabled=False):
-        points, seen, errors = (x.float().unflatten(-1, (heads, -1)).transpose(1, 2) for x in (points, seen, missed))
-        middle = points.mean(2, keepdim=True)
-        offsets = points - middle
-        keys = offsets @ find_metric(seen)
-        keys = keys / (WIDTH * (offsets * keys).sum(-1).mean(-1)[..., None, None]).clamp(min=1e-6)
-        mean = errors.mean(2, keepdim=True)
-        values = solve_softmax(offsets, middle, keys, errors - mean) + mean
-        keys = keys * points.shape[-1] ** 0.5
-        keys, values = (x.transpose(1, 2).flatten(2).to(dtype) for x in (keys, values))
+        parts = torch.stack([points, seen, missed]).unflatten(-1, (heads, width)).transpose(2, 3)
+        parts = parts.to(torch.float32, memory_format=torch.contiguous_format).flatten(1, 2)
+        means = parts.mean(-2, keepdim=True)
+        offsets, spread, errors = (parts - means).unbind()
+        keys = offsets @ find_metric(spread)
+        lengths = (offsets * keys).sum(-1, keepdim=True)
+        far = lengths.amax(-2, keepdim=True).clamp(min=1e-6)
+        keys, lengths = keys / far, lengths / far
+        values = solve_softmax(offsets, means[0], keys, lengths, errors, means[2])
+        carriers = torch.stack([keys * (width**0.5 / WIDTH), values]).unflatten(1, (-1, heads)).transpose(2, 3)
+        keys, values = carriers.to(dtype, memory_format=torch.contiguous_format).flatten(-2).unbind()
     return keys, values
 
 
-def find_metric(seen: Tensor) -> Tensor:
-    """The root (..., c, c) of the covariance of keys (..., m, c), of mean 1 on its diagonal, and `FLOOR`.
+def find_metric(spread: Tensor) -> Tensor:
+    """A root (G, c, c) of the covariance of keys without their mean (G, m, c), as far as a polynomial is one.
 
-    By the iteration of Newton and Schulz, matrix products alone. After few rounds the small directions are still
-    shorter than in the root.
+    Matrix products alone. Its floor: a direction in which keys do not differ counts for little, and not for nothing.
     """
-    spread = (seen - seen.mean(-2, keepdim=True)).flatten(0, -3)
-    root = spread.transpose(-1, -2) @ spread
-    root = root / torch.linalg.matrix_norm(root, keepdim=True).clamp(min=1e-6)
-    one = torch.eye(root.shape[-1], dtype=root.dtype, device=root.device).expand_as(root)
-    step = inverse = 1.5 * one - 0.5 * root
-    root = root @ step
-    for _ in range(ROUNDS - 1):
-        step = torch.baddbmm(one, inverse, root, beta=1.5, alpha=-0.5)
-        root, inverse = root @ step, step @ inverse
-    metric = root / root.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None].clamp(min=1e-6) + FLOOR * one
-    return metric.unflatten(0, seen.shape[:-2])
+    covariance = spread.mT @ spread
+    covariance = covariance / torch.linalg.vector_norm(covariance, dim=(-2, -1), keepdim=True).clamp(min=1e-6)
+    one = torch.eye(covariance.shape[-1], dtype=covariance.dtype, device=covariance.device)
+    metric = torch.add(ROOT[-2] * one, covariance, alpha=ROOT[-1])
+    for coefficient in ROOT[-3::-1]:
+        metric = torch.baddbmm(one, metric, covariance, beta=coefficient)
+    return metric
 
 
-def solve_softmax(offsets: Tensor, middle: Tensor, keys: Tensor, errors: Tensor) -> Tensor:
-    """Values (..., L, c) with (P + RIDGE I) values = errors, P = softmax((offsets + middle) keys'), all (..., L, c).
+def solve_softmax(
+    offsets: Tensor, middle: Tensor, keys: Tensor, lengths: Tensor, errors: Tensor, mean: Tensor
+) -> Tensor:
+    """Values (G, L, c) with (P + RIDGE I) (values - mean) = errors, P = softmax((offsets + middle) keys' / WIDTH).
 
-    `keys` are `offsets` times a symmetric metric, so that P = G F / Z with Gaussians G = exp(-|x - x'|^2 / 2) in it,
-    factors F of its columns and sums Z of its rows. What is solved is (G + RIDGE Z / F) F values = Z errors: symmetric
-    and, with RIDGE or more on its diagonal, positive, so that no device needs to be asked whether it could be.
+    `keys` (G, L, c) are `offsets` (G, L, c) times a symmetric metric and `lengths` (G, L, 1) their products with them,
+    so that P = G F / Z with Gaussians G = exp(-|x - x'|^2 / (2 WIDTH)) in it, factors F of its columns and sums Z of
+    its rows. What is solved is (G + RIDGE Z / F) F values = Z errors: symmetric and, with RIDGE or more on its
+    diagonal, positive, so that no device needs to be asked whether it could be.
     """
-    products = offsets @ keys.transpose(-1, -2)
-    half = products.diagonal(dim1=-2, dim2=-1) / 2
-    gaussians = (products - half[..., None, :] - half[..., None]).exp()
-    factors = half[..., None] + keys @ middle.transpose(-1, -2)
-    factors = (factors - factors.amax(-2, keepdim=True)).clamp(min=-60).exp()
+    gaussians = torch.baddbmm(lengths + lengths.mT, keys, offsets.mT, beta=-0.5 / WIDTH, alpha=1 / WIDTH).exp()
+    factors = torch.baddbmm(lengths, keys, middle.mT, beta=0.5 / WIDTH, alpha=1 / WIDTH)
+    factors = factors.softmax(-2).clamp(min=1e-26)
     sums = gaussians @ factors
-    system = gaussians + torch.diag_embed((RIDGE * sums / factors)[..., 0])
-    return torch.cholesky_solve(sums * errors, torch.linalg.cholesky_ex(system).L) / factors
+    one = torch.eye(lengths.shape[1], dtype=lengths.dtype, device=lengths.device)
+    system = torch.addcdiv(gaussians, one * sums, factors, value=RIDGE)
+    solved = torch.cholesky_solve(sums * errors, torch.linalg.cholesky_ex(system).L)
+    return torch.addcdiv(mean, solved, factors)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .hybrid import HybridSite
-from .landmarks import FLOOR, GOLDEN, ONE, RIDGE, ROUNDS, WIDTH
+from .landmarks import GOLDEN, ONE, RIDGE, ROOT, WIDTH
 from .memory import SHARPNESS, Memory
 from .routing import ContextPlan
 
@@ -62,9 +62,9 @@ def carry_missed(q: Tensor, k: Tensor, v: Tensor, mixed: Tensor, marks: list[int
     for h in range(q.shape[1]):
         points = torch.stack([q[n, h] for n in marks])
         centre, mean, metric = points.mean(0), missed[:, h].mean(0), find_metric(torch.stack([k[n, h] for n in marks]))
-        variance = sum((point - centre) @ metric @ (point - centre) for point in points) / len(points)
+        far = max((point - centre) @ metric @ (point - centre) for point in points)
 
-        def compare(query, points=points, centre=centre, metric=metric / (WIDTH * variance)):
+        def compare(query, points=points, centre=centre, metric=metric / (WIDTH * far)):
             return torch.stack([query @ metric @ (point - centre) for point in points]).softmax(0)
 
         system = torch.stack([compare(point) for point in points]) + RIDGE * torch.eye(len(marks))
@@ -78,15 +78,8 @@ def find_metric(keys: Tensor) -> Tensor:
     centre = keys.mean(0)
     covariance = sum(torch.outer(key - centre, key - centre) for key in keys)
     lengths, directions = torch.linalg.eigh(covariance / covariance.norm())
-    near = []
-    for length in lengths:
-        root, inverse = length, torch.ones_like(length)
-        for _ in range(ROUNDS):
-            factor = 1.5 - 0.5 * inverse * root
-            root, inverse = root * factor, inverse * factor
-        near.append(root)
-    metric = directions @ torch.diag(torch.stack(near)) @ directions.T
-    return metric / metric.diagonal().mean() + FLOOR * torch.eye(len(centre)).to(keys)
+    roots = [sum(factor * length**power for power, factor in enumerate(ROOT)) for length in lengths]
+    return directions @ torch.diag(torch.stack(roots)) @ directions.T
 
 
 def list_keys(site: HybridSite, x: Tensor, emb: Tensor, plan: ContextPlan) -> tuple[Tensor, Tensor, Tensor]:
