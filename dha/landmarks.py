@@ -118,5 +118,17 @@ def solve_softmax(
     sums = gaussians @ factors
     one = torch.eye(lengths.shape[1], dtype=lengths.dtype, device=lengths.device)
     system = torch.addcdiv(gaussians, one * sums, factors, value=RIDGE)
-    solved = torch.cholesky_solve(sums * errors, torch.linalg.cholesky_ex(system).L)
-    return torch.addcdiv(mean, solved, factors)
+    return torch.addcdiv(mean, solve_positive(system, sums * errors), factors)
+
+
+def solve_positive(system: Tensor, right: Tensor) -> Tensor:
+    """What times a positive `system` (G, L, L) makes `right` (G, L, c), by Cholesky.
+
+    On Apple's GPUs PyTorch has that in its latest versions alone: there the processor does it.
+    """
+    device = right.device
+    if device.type == "mps":
+        system, right = system.cpu(), right.cpu()
+    lower = torch.linalg.cholesky_ex(system).L
+    half = torch.linalg.solve_triangular(lower, right, upper=False)
+    return torch.linalg.solve_triangular(lower.mT, half, upper=True).to(device)

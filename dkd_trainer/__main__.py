@@ -7,7 +7,7 @@ from pathlib import Path
 
 from .engine.leash import follow_parent
 from .fields import SettingsError
-from .host import ensure_comfy
+from .host import ensure_comfy, explain_shortage
 from .settings import Settings, assemble_settings, list_presets, parse_override, share_steps
 
 COMMANDS = {  # modules with a `main` of their own, and what they do
@@ -138,7 +138,8 @@ def main() -> None:
     from .engine.state import TrainingStopped
 
     try:
-        train(settings, args.dry_run)
+        with explain_shortage("train.batch, or a larger train.accumulation, which makes a batch in parts."):
+            train(settings, args.dry_run)
     except TrainingStopped as stopped:
         print(stopped, file=sys.stderr)
         sys.exit(128 + stopped.signal_number)
@@ -149,5 +150,5 @@ if __name__ == "__main__":
         main()
     except KeyboardInterrupt:
         sys.exit("stopped outside of a training; the same command goes on")
-    except (OSError, ValueError, FloatingPointError) as error:
+    except (OSError, ValueError, FloatingPointError, MemoryError) as error:
         sys.exit(f"dkd_trainer: {error}")

@@ -4,7 +4,8 @@ import hashlib
 import importlib.util
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 
@@ -46,6 +47,15 @@ def register_mini():
     spec.loader.exec_module(module)
     module.register()
     return module
+
+
+@contextmanager
+def explain_shortage(advice: str) -> Iterator[None]:
+    """Say what to do where a GPU's memory does not suffice; raises MemoryError in PyTorch's place."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise MemoryError(f"{str(error).splitlines()[0]} Use a smaller {advice}") from error
 
 
 class Teacher:

@@ -149,8 +149,9 @@ class RoutingMap(io.ComfyNode):
     def execute(cls, model, vae, latent_image, level: str, frames: int, **settings) -> io.NodeOutput:
         sampling = Sampling(**settings, denoise=1.0)
         progress = comfy.utils.ProgressBar(sampling.steps + min(frames, sampling.steps) + 1)
+        check_student(model)
         recorder = record(model, sampling, latent_image, LEVELS[level], progress)
-        check_recorded(recorder, level, model)
+        check_recorded(recorder, level)
         drawn = []
         for number in spread(len(recorder.steps), frames):
             step = recorder.steps[number]
@@ -180,8 +181,8 @@ def record(model, sampling: Sampling, latent: dict, level: int, progress) -> Rec
     return recorder
 
 
-def check_recorded(recorder: Recorder, level: str, model) -> None:
-    """Raises ValueError when no layer of the level ran on a short context for the whole picture."""
+def check_student(model) -> None:
+    """Raises ValueError for a student that chooses tokens where nobody can see it, before anything is sampled."""
     mark = model.model_options["transformer_options"].get(KEY)
     if mark and DHAConfig.from_json(mark).mode == "official":
         raise ValueError(
@@ -189,6 +190,10 @@ def check_recorded(recorder: Recorder, level: str, model) -> None:
             "choose tokens inside of their own attention, which cannot be shown. Connect another student to Apply DHA, "
             "or none."
         )
+
+
+def check_recorded(recorder: Recorder, level: str) -> None:
+    """Raises ValueError when no layer of the level ran on a short context for the whole picture."""
     if recorder.partial and not recorder.steps:
         raise ValueError(
             "DHA Routing Map found prompts for parts of the picture alone as positive, and expected one for all of it; "

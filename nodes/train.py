@@ -26,7 +26,6 @@ LEVELS: dict[str, tuple[int, ...] | None] = {PRESET: None, **RANGES}
 PREVIEW = 768  # pixels
 INTERVAL = 0.5  # seconds between two looks at the journal
 REDRAW = 3.0  # seconds between two pictures of the curve
-PATIENCE = 300.0  # seconds for the step under way and the save, when asked to stop
 
 
 class DKDTrain(io.ComfyNode):
@@ -177,10 +176,17 @@ class DKDTrain(io.ComfyNode):
 
 def prepare(run: Run, choice: Choice, data: Data, weights: Mapping[str, torch.Tensor]) -> None:
     """Put all that the trainer reads into the run's folder."""
-    device = "auto" if comfy.model_management.get_torch_device().type == "cuda" else "cpu"
-    write_settings(run, choice, data, device)
+    write_settings(run, choice, data, choose_hardware())
     if not run.teacher.is_file():
         write_checkpoint(run.teacher, weights)
+
+
+def choose_hardware() -> dict[str, str]:
+    """Settings of `[train]` that the machine decides: CUDA if ComfyUI has it, and fp32 where that has no bf16."""
+    if comfy.model_management.get_torch_device().type != "cuda":
+        return {"device": "cpu"}
+    bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    return {"device": "auto"} if bf16 else {"device": "auto", "precision": "fp32"}
 
 
 def free_models() -> None:
@@ -205,12 +211,13 @@ def train(run: Run, data: Data, node_id: str) -> None:
 
 
 def stop(process: TrainerProcess, node_id: str) -> None:
-    """Let the trainer save and end if it has not; kill it when that takes too long or a second cancel comes."""
+    """Let the trainer end its step and save, if it has not ended yet; a second cancel kills it."""
     process.ask_to_stop()
-    deadline = time.monotonic() + PATIENCE
     while not process.wait(INTERVAL):
-        show_text(node_id, "stopping: the trainer saves its state ...")
-        if time.monotonic() > deadline or comfy.model_management.processing_interrupted():
+        show_text(
+            node_id, "stopping: the trainer ends its step and saves; cancel again to lose what came since the last save"
+        )
+        if comfy.model_management.processing_interrupted():
             process.kill()
 
 

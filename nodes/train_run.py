@@ -149,15 +149,15 @@ def occupy(run: Run) -> Iterator[None]:
         yield
 
 
-def write_settings(run: Run, choice: Choice, data: Data, device: str) -> None:
-    """Put the trainer's settings, and the prompts if there are any, into the run's folder."""
+def write_settings(run: Run, choice: Choice, data: Data, hardware: dict[str, str]) -> None:
+    """Put the trainer's settings, `hardware` among those of `[train]`, and any prompts into the run's folder."""
     source = data.folder or run.folder / "prompts.txt"
     if not data.folder:
         write_whole(source, "".join(f"{prompt}\n" for prompt in data.prompts).encode())
     tables = choice.list_settings()
     tables["teacher"] = {"file": str(run.teacher)}
     tables["data"] |= {"path": str(source), "cache": str(run.folder.parent / "cache")}
-    tables["train"]["device"] = device
+    tables["train"] |= hardware
     tables["output"] = {"file": str(run.student), "work": str(run.folder)}
     lines = [f"preset = {json.dumps(choice.preset)}"]
     for section, values in tables.items():

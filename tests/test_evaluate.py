@@ -242,6 +242,19 @@ def test_choosing_and_reporting_use_different_pairs(teacher, pairs, tmp_path):
         open_held_out(pairs, teacher, tmp_path, 64, 6, 6)
 
 
+def test_for_pictures_that_cannot_be_used_the_next_ones_come_in(teacher, pairs, tmp_path):
+    from dkd_trainer.data.source import DataError
+    from dkd_trainer.evidence.held_out import open_held_out
+
+    folder, cache = tmp_path / "pairs", tmp_path / "cache"
+    shutil.copytree(pairs, folder)
+    for name in ("0.png", "1.png", "4.png"):
+        (folder / name).write_bytes(b"broken")
+    assert open_held_out(folder, teacher, cache, 64, 0, 5).prompts == [f"picture {i}" for i in (2, 3, 5, 6, 7)]
+    with pytest.raises(DataError, match="holds 7 usable pairs, expected 8"):
+        open_held_out(folder, teacher, cache, 64, 4, 4)
+
+
 def predict(teacher, subject, seed=0):
     from dkd_trainer.evidence.subject import Running
 
@@ -399,13 +412,16 @@ def test_what_was_kept_is_measured_anew_with_another_comfyui_or_other_code(monke
     with monkeypatch.context() as patched:
         patched.setattr(comfyui_version, "__version__", "0.0.1")
         assert kept.name_code() != before
-    for name in kept.SOURCES:
+    for name in [*kept.SOURCES, *kept.list_folder("dha"), *kept.list_folder("dkd_trainer/engine")]:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(kept.ROOT / name, tmp_path / name)
     monkeypatch.setattr(kept, "ROOT", tmp_path)
     assert kept.name_code() == before
-    for name in ("engine/imitation", "engine/attention", "host", "evidence/students"):
-        with (tmp_path / "dkd_trainer" / f"{name}.py").open("a") as file:
+    trained = kept.name_training()
+    sources = ("engine/imitation", "engine/attention", "host", "evidence/students")
+    for name in (*(f"dkd_trainer/{name}.py" for name in sources), "dha/landmarks.py", "dha/planner.py"):
+        with (tmp_path / name).open("a") as file:
             file.write("#")
         assert kept.name_code() != before, name
         before = kept.name_code()
+    assert kept.name_training() != trained

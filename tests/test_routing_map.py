@@ -170,7 +170,8 @@ def test_a_level_that_is_not_replaced_is_explained(studio, student, draw_map):
         draw_map(studio.apply(student=student, levels="finest"), level="second")
 
 
-def test_a_published_student_has_no_map(studio, draw_map):
+def test_a_published_student_is_refused_before_anything_is_sampled(studio, draw_map, monkeypatch, module):
+    monkeypatch.delattr(module, "record")
     published = studio.load_student("published-map", config=DHAConfig(mode="official", levels=(1,)))
     with pytest.raises(ValueError, match="a student of mode 'official'.*inside of their own attention"):
         draw_map(studio.apply(student=published), level="second")

@@ -7,6 +7,7 @@ import torch
 
 from dkd_trainer.__main__ import read_arguments, read_settings
 from dkd_trainer.fields import SettingsError
+from dkd_trainer.host import explain_shortage
 from dkd_trainer.settings import PRESETS, Settings, assemble_settings, default_tables, list_presets, read_toml
 
 
@@ -140,3 +141,9 @@ def test_shifted_timesteps_lean_towards_the_noise_and_stay_in_range():
         assert (moved.float().mean() > 499.5) == (shift > 1)
     median = int(shift_timesteps(torch.tensor([500]), 3.0))
     assert median == 750  # 3 / 2 of one half over 1 + 2 / 2
+
+
+def test_a_gpu_without_enough_memory_is_answered_with_what_to_make_smaller():
+    said = pytest.raises(MemoryError, match=r"^CUDA out of memory\. Use a smaller train\.batch\.$")
+    with said, explain_shortage("train.batch."):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB")

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from dkd_trainer.fields import SettingsError
 from dkd_trainer.settings import assemble_settings, share_steps
@@ -74,18 +75,39 @@ def test_the_end_of_its_input_ends_a_process_on_the_leash():
     assert process.wait(30) == -signal.SIGTERM
 
 
-@pytest.mark.parametrize("reason", ["patience", "second cancel"])
-def test_a_trainer_that_does_not_end_is_killed(module, monkeypatch, tmp_path, reason):
+def test_a_trainer_that_does_not_end_is_killed_by_a_second_cancel_alone(module, monkeypatch, tmp_path):
     import comfy.model_management
 
     process, train_module = module("train_process"), module("train")
     endless = [sys.executable, "-c", "import time; time.sleep(600)"]
     monkeypatch.setattr(process, "build_command", lambda _: endless)
-    monkeypatch.setattr(train_module, "PATIENCE", 1.0 if reason == "patience" else 600.0)
+    asked = []
+
+    def ask(node_id, text):
+        asked.append(started.process.poll())
+        comfy.model_management.interrupt_current_processing(len(asked) > 2)
+
+    monkeypatch.setattr(train_module, "show_text", ask)
     started = process.TrainerProcess([], tmp_path / "log")
-    comfy.model_management.interrupt_current_processing(reason == "second cancel")
     try:
         train_module.stop(started, "5")
     finally:
         comfy.model_management.interrupt_current_processing(False)
-    assert started.process.returncode == -signal.SIGKILL
+    assert asked == [None] * 3 and started.process.returncode == -signal.SIGKILL
+
+
+@pytest.mark.parametrize(
+    ("kind", "bf16", "expected"),
+    [
+        ("cuda", True, {"device": "auto"}),
+        ("cuda", False, {"device": "auto", "precision": "fp32"}),
+        ("mps", False, {"device": "cpu"}),
+    ],
+)
+def test_a_gpu_without_bf16_trains_in_fp32(module, monkeypatch, kind, bf16, expected):
+    import comfy.model_management
+
+    train_module = module("train")
+    monkeypatch.setattr(comfy.model_management, "get_torch_device", lambda: torch.device(kind))
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bf16)
+    assert train_module.choose_hardware() == expected

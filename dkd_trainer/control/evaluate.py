@@ -30,8 +30,7 @@ from .tasks import Task, change_prompts, keep_prompts, read_prompts
 from .variant import Variant, is_uncontrolled, measure_memory, measure_variant
 
 STEERING = ("branch", "steering", "variant")
-CODE = ("dha/control.py", "dha/control_weights.py", *(f"dkd_trainer/control/{name}.py" for name in STEERING))
-CODE = (*CODE, "dkd_trainer/metrics/structure.py")
+CODE = (*(f"dkd_trainer/control/{name}.py" for name in STEERING), "dkd_trainer/metrics/structure.py")
 
 
 def read_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:

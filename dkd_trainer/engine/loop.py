@@ -252,6 +252,7 @@ class Training:
             board.add("validation", self.errors, done)
         if watch.sheet_every and (done % watch.sheet_every == 0 or done == steps):
             sheet = self.examination.draw_sheet(self.average)
+            self.teacher.release()
             file = Path("sheets") / f"{done:08d}.png"
             save_picture(self.settings.work / file, sheet)
             self.journal.write("sheet", step=done, file=str(file))

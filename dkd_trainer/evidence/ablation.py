@@ -29,6 +29,7 @@ from .ablation_rows import (
 from .attention_cost import count_cost, count_full, match_budget
 from .commands import run_command
 from .comparison import Comparison, add_arguments
+from .kept import name_training
 from .pace import plan_steps
 from .report import write_report
 from .students import describe, read_students, spend_budget, training_free
@@ -88,8 +89,8 @@ def row_settings(args: argparse.Namespace, row: TrainedRow) -> Settings:
 
 
 def name_run(settings: Settings, *more: object) -> str:
-    """A short hash of what decides a student."""
-    return hashlib.sha256(json.dumps([settings.describe_run(), *more]).encode()).hexdigest()[:8]
+    """A short hash of what decides a student, the code among it."""
+    return hashlib.sha256(json.dumps([settings.describe_run(), name_training(), *more]).encode()).hexdigest()[:8]
 
 
 def plan_rows(
@@ -97,7 +98,7 @@ def plan_rows(
 ) -> list[tuple[TrainedRow, Settings]]:
     """Rows with their settings and as many steps of each stage as the time allows, measured once and then kept."""
     settings = {row.name: (row, row_settings(args, row)) for row in rows}
-    names = [name_run(own, row.shares) for row, own in settings.values()]
+    names = [name_run(own, row.shares, teacher.device.type) for row, own in settings.values()]
     key = hashlib.sha256(json.dumps([names, args.seconds, corpus.identity]).encode()).hexdigest()[:8]
     plan = args.out / f"plan-{key}.json"
     if not plan.is_file():

@@ -24,7 +24,8 @@ def count_cost(config: DHAConfig, side: int, channels: int) -> int:
         side, side, config.token_budget, config.coarse_share, config.max_tokens, routed, config.landmarks
     )
     keys = plan.coarse + plan.chosen + config.memory
-    whole = keys + tokens if plan.landmarks else keys
+    blended = plan.coarse if config.blend else 0
+    whole = tokens + config.memory + blended if plan.landmarks else keys  # landmarks want all tokens projected
     rows = {"q": tokens, "k": whole, "v": whole, "out": tokens}
     deltas = sum(2 * rows[name] * channels * config.rank for name in config.deltas if config.rank)
     local = tokens * config.local * (2 * channels + REACH**2)

@@ -8,7 +8,7 @@ from pathlib import Path
 from dha.presets import NO_CAP, Preset, Stretch
 
 from ..engine.state import TrainingStopped
-from ..host import ensure_comfy
+from ..host import ensure_comfy, explain_shortage
 
 
 def parse_share(what: str, of: str, text: str) -> float:
@@ -52,12 +52,13 @@ def run_command(name: str, measure: Callable[[argparse.Namespace], Iterable[Path
     """Run `measure` with ComfyUI importable and say what it wrote; ends the process when it is stopped or fails."""
     try:
         ensure_comfy(args.comfyui, getattr(args, "device", "auto"))
-        for path in measure(args):
-            print(f"wrote {path}")
+        with explain_shortage("--batch, or where it trains a larger --set train.accumulation."):
+            for path in measure(args):
+                print(f"wrote {path}")
     except KeyboardInterrupt:
         sys.exit("stopped; the same command goes on from here")
     except TrainingStopped as stopped:
         print(stopped, file=sys.stderr)
         sys.exit(128 + stopped.signal_number)
-    except (OSError, ValueError, ImportError, FloatingPointError) as error:
+    except (OSError, ValueError, ImportError, FloatingPointError, MemoryError) as error:
         sys.exit(f"dkd_trainer {name}: {error}")

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..data.corpus import open_corpus
+from ..data.corpus import Corpus, open_corpus
+from ..data.pairs import list_source
 from ..data.source import DataError
 
 
@@ -35,7 +36,7 @@ def open_held_out(folder: Path, teacher, cache: Path, size: int, skip: int = 0, 
 
     `teacher` is a `host.Teacher`. Raises DataError when the folder holds fewer pairs.
     """
-    corpus = open_corpus(folder, teacher, cache, size, limit=skip + count)
+    corpus = open_enough(folder, teacher, cache, size, skip + count)
     if len(corpus) < skip + count or count < 4:
         raise DataError(
             f"{folder} holds {len(corpus)} usable pairs, expected {skip + count} (--skip {skip}, --count {count}; at "
@@ -46,6 +47,25 @@ def open_held_out(folder: Path, teacher, cache: Path, size: int, skip: int = 0, 
     prompts = [corpus.prompts[i] for i in picks]
     pictures = torch.stack([to_bytes(corpus.read_picture(i)) for i in picks])
     return HeldOut(latents, context, corpus.empty, prompts, pictures, name_tensors([latents, context], prompts))
+
+
+def open_enough(folder: Path, teacher, cache: Path, size: int, count: int) -> Corpus:
+    """A corpus of `count` usable pairs, or of all there are: the next ones come in for what cannot be used.
+
+    Raises DataError when none can be used.
+    """
+    listed, limit = len(list_source(folder).pairs), count
+    while True:
+        try:
+            corpus = open_corpus(folder, teacher, cache, size, limit=limit)
+            missing = count - len(corpus)
+        except DataError:
+            if limit >= listed:
+                raise
+            missing = count
+        if missing <= 0 or limit >= listed:
+            return corpus
+        limit += missing
 
 
 def to_bytes(pictures: Tensor) -> Tensor:

@@ -15,26 +15,10 @@ from dha.whole_file import write_whole
 from ..host import ROOT
 from .hardware import read_comfyui_version
 
-DHA = (
-    "config",
-    "dither",
-    "hybrid",
-    "local",
-    "memory",
-    "official",
-    "patch",
-    "presets",
-    "routing",
-    "sites",
-    "student",
-    "frequency",
-    "fidelity",
-)
 EVIDENCE = ("contexts", "evaluation", "held_out", "judges", "peers", "students", "subject")
 METRICS = ("bands", "captions", "features", "phrases", "prompt_score", "published")
-# what decides a measurement; presenting it and training do not
+# What decides a measurement, beside all of dha; presenting it and training do not.
 SOURCES = (
-    *(f"dha/{name}.py" for name in DHA),
     "dkd_trainer/diffusion.py",
     "dkd_trainer/engine/attention.py",
     "dkd_trainer/engine/imitation.py",  # a student's options
@@ -44,10 +28,25 @@ SOURCES = (
 )
 
 
+def list_folder(folder: str) -> list[str]:
+    """The sources of a package of ours, by their paths in the pack."""
+    return sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / folder).glob("*.py"))
+
+
 def name_code(more: Sequence[str] = ()) -> str:
     """A short hash of the sources that decide a measurement, `more` of them perhaps, and of torch and ComfyUI."""
+    return name_sources([*list_folder("dha"), *SOURCES, *more])
+
+
+def name_training() -> str:
+    """A short hash of the sources that decide what a training makes of its settings, and of torch and ComfyUI."""
+    return name_sources([*list_folder("dha"), *list_folder("dkd_trainer/engine"), "dkd_trainer/diffusion.py"])
+
+
+def name_sources(names: Sequence[str]) -> str:
+    """A short hash of the sources of these paths in the pack, and of torch and ComfyUI."""
     digest = hashlib.sha256(f"{torch.__version__} {read_comfyui_version()}".encode())
-    for name in (*SOURCES, *more):
+    for name in names:
         digest.update((ROOT / name).read_bytes())
     return digest.hexdigest()[:16]
 
