@@ -1,6 +1,6 @@
 """The hybrid context: queries stay whole, keys and values shrink to grid, chosen and memory tokens."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -69,19 +69,19 @@ class Mixing(NamedTuple):
     tokens: int = 0
     picks: tuple[Tensor | None, Tensor | None] = (None, None)
 
-    def run(self, attend: Callable, q: Tensor, k: Tensor, v: Tensor, options: dict) -> Tensor:
-        """Attention of q (B, N, C) to projected keys and values (B, any, C); `attend` is as in `dha.patch`."""
+    def run(self, attend: Callable, q: Tensor, k: Tensor, v: Tensor, options: dict, further=()) -> list[Tensor]:
+        """Attention of q (B, N, C) to projected keys and values (B, any, C); `attend` is as in `dha.patch`.
+
+        One output for its own grid, and with landmarks one for each of the `further` grids (coarse,) too.
+        """
         mask = None if self.log_weights is None else self.log_weights[:, None, None].to(q.dtype)
         if self.marks is None:
-            return attend(q, k, v, options, mask)
+            return [attend(q, k, v, options, mask)]
         (k, made_k), (v, made_v) = (x.tensor_split([self.tokens], dim=1) for x in (k, v))
-        near = attend(q, self.pick(k, made_k), self.pick(v, made_v), options, mask)
-        return carry_missed(partial(attend, options=options, mask=None), q, k, v, near, self.marks, options["n_heads"])
-
-    def pick(self, x: Tensor, made: Tensor) -> Tensor:
-        """The short context (B, m, C) of projected tokens x (B, N, C) and `made` ones (B, any, C)."""
-        picked = take_tokens(x, *self.picks)
-        return torch.cat([picked, made], dim=1) if made.shape[1] else picked
+        picks = [self.picks, *((self.picks[0], grid) for grid in further)]
+        nears = [attend(q, pick_short(k, made_k, *p), pick_short(v, made_v, *p), options, mask) for p in picks]
+        attend = partial(attend, options=options, mask=None)
+        return carry_missed(attend, q, k, v, nears, self.marks, options["n_heads"])
 
 
 class Context(NamedTuple):
@@ -175,11 +175,38 @@ class HybridSite(nn.Module):
 
         `attend(q, k, v, options, mask)` is as in `dha.patch`, `places` as in `build_context`.
         """
-        keys, values, mixing, _ = self.build_context(x, emb, plan, places)
+        places = find_places(plan, None, x.device) if places is None else places
+        return self.run_places(attention, attend, x, emb, plan, heads, [places])[0]
+
+    def run_places(
+        self,
+        attention: nn.Module,
+        attend: Callable,
+        x: Tensor,
+        emb: Tensor,
+        plan: ContextPlan,
+        heads: int,
+        places: Sequence[Places],
+    ) -> list[Tensor]:
+        """`forward` at each of several places; what is the same at all of them is computed once."""
         q = attention.to_q(self.correct("q", x))
-        k, v = attention.to_k(self.correct("k", keys)), attention.to_v(self.correct("v", values))
-        out = self.correct("out", attention.to_out(mixing.run(attend, q, k, v, {"n_heads": heads})))
-        return out if self.local is None else out + self.local(x, emb, plan.height, plan.width)
+        alike = plan.landmarks and self.blend is None  # all tokens are projected, wherever the grid stands
+        mixed = []
+        for first, *others in [places] if alike else [[place] for place in places]:
+            keys, values, mixing, _ = self.build_context(x, emb, plan, first)
+            k, v = attention.to_k(self.correct("k", keys)), attention.to_v(self.correct("v", values))
+            mixed += mixing.run(attend, q, k, v, {"n_heads": heads}, [place.grid for place in others])
+        outputs = [self.correct("out", attention.to_out(each)) for each in mixed]
+        if self.local is None:
+            return outputs
+        local = self.local(x, emb, plan.height, plan.width)
+        return [output + local for output in outputs]
+
+
+def pick_short(x: Tensor, made: Tensor, chosen: Tensor | None, grid: Tensor | None) -> Tensor:
+    """The short context (B, m, C) of projected tokens x (B, N, C), as `take_tokens`, and `made` ones (B, any, C)."""
+    picked = take_tokens(x, chosen, grid)
+    return torch.cat([picked, made], dim=1) if made.shape[1] else picked
 
 
 def take_tokens(x: Tensor, chosen: Tensor | None, grid: Tensor | None) -> Tensor:

@@ -18,7 +18,7 @@ costs a query what two keys cost: from some three keys to a landmark on, further
 landmarks.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -51,41 +51,50 @@ def place_landmarks(height: int, width: int, count: int, device: torch.device | 
     return row * width + column
 
 
-def carry_missed(attend: Callable, q: Tensor, k: Tensor, v: Tensor, near: Tensor, marks: Tensor, heads: int) -> Tensor:
-    """What q (B, M, C) would see of all k and v (B, N, C), from what they see `near` (B, M, C), in a short context.
+def carry_missed(
+    attend: Callable, q: Tensor, k: Tensor, v: Tensor, nears: Sequence[Tensor], marks: Tensor, heads: int
+) -> list[Tensor]:
+    """What q (B, M, C) would see of all k and v (B, N, C), from what they see, `nears` (B, M, C), in short contexts.
 
     `marks` (L,) are the landmarks' numbers, of N; where queries were merged to M fewer, they stand as far along these.
     `attend(q, k, v)` is an attention of `heads` heads that divides logits by the root of a head's width. Without
-    gradients `near` is written into.
+    gradients each of `nears` is written into.
     """
     seen = k.index_select(1, marks)
     if q.shape[1] != k.shape[1]:
         marks = marks * q.shape[1] // k.shape[1]
-    points, short = (x.index_select(1, marks) for x in (q, near))
-    carried = attend(q, *solve_carriers(points, seen, attend(points, k, v) - short, heads))
+    points = q.index_select(1, marks)
+    exact = attend(points, k, v)
+    keys, *values = solve_carriers(points, seen, [exact - near.index_select(1, marks) for near in nears], heads)
+    return [add_to(near, attend(q, keys, value)) for near, value in zip(nears, values, strict=True)]
+
+
+def add_to(near: Tensor, carried: Tensor) -> Tensor:
+    """Their sum, written into `near` where no gradient needs it as it was."""
     return near + carried if near.requires_grad else near.add_(carried)
 
 
-def solve_carriers(points: Tensor, seen: Tensor, missed: Tensor, heads: int) -> tuple[Tensor, Tensor]:
-    """Keys and values (B, L, C) with which attention says at landmarks (B, L, C) what was `missed` (B, L, C) there.
+def solve_carriers(points: Tensor, seen: Tensor, missed: Sequence[Tensor], heads: int) -> tuple[Tensor, ...]:
+    """Keys (B, L, C) and, for each of `missed` (B, L, C), values (B, L, C): attention to them at landmarks says it.
 
-    `seen` (B, L, C) are the landmarks' keys, whose metric it is. Solved in fp32, whatever the precision around it. The
-    tensors are small, so that what counts is how many operations there are: parts are handled together.
+    `points` (B, L, C) are the landmarks, `seen` (B, L, C) their keys, whose metric it is. Solved in fp32, whatever the
+    precision around it. The tensors are small, so that what counts is how many operations there are: parts are handled
+    together.
     """
     dtype, width = points.dtype, points.shape[-1] // heads
     with torch.autocast(points.device.type, enabled=False):
-        parts = torch.stack([points, seen, missed]).unflatten(-1, (heads, width)).transpose(2, 3)
+        parts = torch.stack([points, seen, *missed]).unflatten(-1, (heads, width)).transpose(2, 3)
         parts = parts.to(torch.float32, memory_format=torch.contiguous_format).flatten(1, 2)
         means = parts.mean(-2, keepdim=True)
-        offsets, spread, errors = (parts - means).unbind()
+        centred = parts - means
+        offsets, spread, errors = centred[0], centred[1], centred[2:]
         keys = offsets @ find_metric(spread)
         lengths = (offsets * keys).sum(-1, keepdim=True)
         far = lengths.amax(-2, keepdim=True).clamp(min=1e-6)
         keys, lengths = keys / far, lengths / far
-        values = solve_softmax(offsets, means[0], keys, lengths, errors, means[2])
-        carriers = torch.stack([keys * (width**0.5 / WIDTH), values]).unflatten(1, (-1, heads)).transpose(2, 3)
-        keys, values = carriers.to(dtype, memory_format=torch.contiguous_format).flatten(-2).unbind()
-    return keys, values
+        values = solve_softmax(offsets, means[0], keys, lengths, errors, means[2:])
+        carriers = torch.cat([(keys * (width**0.5 / WIDTH))[None], values]).unflatten(1, (-1, heads)).transpose(2, 3)
+        return carriers.to(dtype, memory_format=torch.contiguous_format).flatten(-2).unbind()
 
 
 def find_metric(spread: Tensor) -> Tensor:
@@ -105,12 +114,13 @@ def find_metric(spread: Tensor) -> Tensor:
 def solve_softmax(
     offsets: Tensor, middle: Tensor, keys: Tensor, lengths: Tensor, errors: Tensor, mean: Tensor
 ) -> Tensor:
-    """Values (G, L, c) with (P + RIDGE I) (values - mean) = errors, P = softmax((offsets + middle) keys' / WIDTH).
+    """Values with (P + RIDGE I) (values - mean) = errors (any, G, L, c), P = softmax((offsets + middle) keys' / WIDTH).
 
-    `keys` (G, L, c) are `offsets` (G, L, c) times a symmetric metric and `lengths` (G, L, 1) their products with them,
-    so that P = G F / Z with Gaussians G = exp(-|x - x'|^2 / (2 WIDTH)) in it, factors F of its columns and sums Z of
-    its rows. What is solved is (G + RIDGE Z / F) F values = Z errors: symmetric and, with RIDGE or more on its
-    diagonal, positive, so that no device needs to be asked whether it could be.
+    `mean` (any, G, 1, c) is that of the values, `keys` (G, L, c) are `offsets` (G, L, c) times a symmetric metric and
+    `lengths` (G, L, 1) their products with them, so that P = G F / Z with Gaussians G = exp(-|x - x'|^2 / (2 WIDTH)) in
+    it, factors F of its columns and sums Z of its rows. What is solved is (G + RIDGE Z / F) F values = Z errors:
+    symmetric and, with RIDGE or more on its diagonal, positive, so that no device needs to be asked whether it could
+    be.
     """
     gaussians = torch.baddbmm(lengths + lengths.mT, keys, offsets.mT, beta=-0.5 / WIDTH, alpha=1 / WIDTH).exp()
     factors = torch.baddbmm(lengths, keys, middle.mT, beta=0.5 / WIDTH, alpha=1 / WIDTH)
@@ -122,13 +132,29 @@ def solve_softmax(
 
 
 def solve_positive(system: Tensor, right: Tensor) -> Tensor:
-    """What times a positive `system` (G, L, L) makes `right` (G, L, c), by Cholesky.
+    """What times a positive `system` (G, L, L) makes `right` (any, G, L, c), by Cholesky.
+
+    Gradients go through a step of refinement, which costs them one more solution; through the factorisation they would
+    cost several of the system's own size.
+    """
+    columns = right.permute(1, 2, 0, 3).flatten(2)
+    divide = factorise(system.detach())
+    solved = divide(columns.detach())
+    if columns.requires_grad or system.requires_grad:
+        solved = solved + divide(columns - system @ solved)
+    return solved.unflatten(2, (len(right), -1)).permute(2, 0, 1, 3)
+
+
+def factorise(system: Tensor) -> Callable[[Tensor], Tensor]:
+    """A function that divides (G, L, any) by a positive `system` (G, L, L).
 
     On Apple's GPUs PyTorch has that in its latest versions alone: there the processor does it.
     """
-    device = right.device
-    if device.type == "mps":
-        system, right = system.cpu(), right.cpu()
-    lower = torch.linalg.cholesky_ex(system).L
-    half = torch.linalg.solve_triangular(lower, right, upper=False)
-    return torch.linalg.solve_triangular(lower.mT, half, upper=True).to(device)
+    device = system.device
+    lower = torch.linalg.cholesky_ex(system.cpu() if device.type == "mps" else system).L
+
+    def divide(right: Tensor) -> Tensor:
+        half = torch.linalg.solve_triangular(lower, right.to(lower.device), upper=False)
+        return torch.linalg.solve_triangular(lower.mT, half, upper=True).to(device)
+
+    return divide

@@ -138,7 +138,8 @@ def make_patches(
         if call is None:
             return attend(q, k, v, options, None)
         # A later patch may have tiled the queries: every tile sees all keys, so that they are one picture's again.
-        out = call.mixing.run(attend, q.reshape(len(k), -1, q.shape[-1]), k, v, options).reshape(q.shape)
+        [out] = call.mixing.run(attend, q.reshape(len(k), -1, q.shape[-1]), k, v, options)
+        out = out.reshape(q.shape)
         if call.mixing.marks is not None:
             release(k, v)
         return out

@@ -13,6 +13,7 @@ from dha.config import ConfigError, DHAConfig
 from dha.hybrid import HybridSite
 from dha.memory import Memory
 from dha.patch import plain_attention
+from dha.places import list_places
 from dha.reference import attend_hybrid
 from dha.routing import ContextPlan, plan_context, to_picture
 
@@ -67,6 +68,29 @@ def test_fast_path_matches_the_oracle_in_outputs_and_gradients(name, height, wid
         assert (a.grad is None) == (b.grad is None), part
         if a.grad is not None:
             torch.testing.assert_close(a.grad, b.grad, atol=2e-4, rtol=1e-3, msg=lambda m, p=part: f"{p}: {m}")
+
+
+@pytest.mark.parametrize("name", [*SETTINGS, "all parts but a blend, and landmarks"])
+def test_several_grids_at_once_are_the_same_as_one_after_the_other(name):
+    settings = SETTINGS.get(name, {**FULL, "blend": False, "landmarks": 12})
+    site, layer = make_layer(**settings)
+    plan = plan_context(7, 9, 0.2, 0.5, 4096, site.router is not None, settings.get("landmarks", 0))
+    places = list_places(plan, torch.tensor([3, 1000, 3]))
+    layer = SimpleNamespace(**dict(layer.items()))
+    found = []
+    for run in (
+        lambda *x: site.run_places(layer, plain_attention, *x, plan, HEADS, places),
+        lambda *x: [site(layer, plain_attention, *x, plan, HEADS, place) for place in places],
+    ):
+        torch.manual_seed(1)
+        x, emb = torch.randn(2, 63, CHANNELS, requires_grad=True), torch.randn(2, EMBEDDING)
+        outputs = torch.stack(run(x, emb))
+        site.zero_grad()
+        (outputs * torch.randn(outputs.shape)).sum().backward()
+        found.append([outputs, x.grad, *(part.grad for part in site.parameters())])
+    assert not torch.equal(found[0][0][0], found[0][0][1])
+    for at_once, apart in zip(*found, strict=True):
+        torch.testing.assert_close(at_once, apart, atol=2e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize("height,width", [(7, 9), (8, 8)])

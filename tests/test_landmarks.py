@@ -7,7 +7,15 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dha import landmarks
-from dha.landmarks import ROOT, carry_missed, count_landmarks, find_metric, place_landmarks, solve_carriers
+from dha.landmarks import (
+    ROOT,
+    carry_missed,
+    count_landmarks,
+    find_metric,
+    place_landmarks,
+    solve_carriers,
+    solve_positive,
+)
 from dha.patch import plain_attention
 from dha.routing import plan_context
 
@@ -58,7 +66,7 @@ def measure_miss(count: int, keys: int = 32) -> float:
     short = x[:, picks]
     out = attend(x, short, short)
     if count:
-        out = carry_missed(attend, x, x, x, out, place_landmarks(32, 32, count), HEADS)
+        out = carry_missed(attend, x, x, x, [out], place_landmarks(32, 32, count), HEADS)[0]
     return ((out - exact).norm() / exact.norm()).item()
 
 
@@ -70,7 +78,7 @@ def test_landmarks_take_most_of_the_error_away_and_more_of_them_more():
 def test_at_a_landmark_the_answer_is_that_of_all_keys():
     x = draw_smooth(16, 16)
     exact, short = attend(x, x, x), attend(x, x[:, :20], x[:, :20])
-    out = carry_missed(attend, x, x, x, short.clone(), MARKS, HEADS)
+    out = carry_missed(attend, x, x, x, [short.clone()], MARKS, HEADS)[0]
     left, before = ((y - exact)[:, MARKS].norm() for y in (out, short))
     assert left < 0.1 * before
 
@@ -78,7 +86,7 @@ def test_at_a_landmark_the_answer_is_that_of_all_keys():
 def test_an_error_that_is_the_same_everywhere_goes_away_altogether():
     marks = draw_smooth(16, 16)[:, MARKS]
     missed = torch.ones_like(marks) * torch.linspace(-1, 1, HEADS * WIDTH)
-    keys, values = solve_carriers(marks, marks, missed, HEADS)
+    keys, values = solve_carriers(marks, marks, [missed], HEADS)
     elsewhere = attend(draw_smooth(16, 16), keys, values)
     torch.testing.assert_close(elsewhere, missed[:, :1].expand_as(elsewhere), atol=1e-5, rtol=1e-4)
 
@@ -87,7 +95,7 @@ def test_queries_that_were_merged_have_landmarks_of_their_own():
     x = draw_smooth(16, 16)
     merged = x.unflatten(1, (-1, 2)).mean(2)
     exact, short = attend(merged, x, x), attend(merged, x[:, :20], x[:, :20])
-    out = carry_missed(attend, merged, x, x, short.clone(), MARKS, HEADS)
+    out = carry_missed(attend, merged, x, x, [short.clone()], MARKS, HEADS)[0]
     assert (out - exact).norm() < 0.5 * (short - exact).norm()
 
 
@@ -96,7 +104,7 @@ def test_half_precision_carries_the_same(dtype, most):
     x = draw_smooth(16, 16)
 
     def run(x):
-        return carry_missed(attend, x, x, x, attend(x, x[:, :20], x[:, :20]), MARKS, HEADS)
+        return carry_missed(attend, x, x, x, [attend(x, x[:, :20], x[:, :20])], MARKS, HEADS)[0]
 
     exact, cast = run(x), run(x.to(dtype))
     assert cast.dtype == dtype
@@ -108,16 +116,16 @@ def test_half_precision_carries_the_same(dtype, most):
 def test_the_system_stays_solvable_in_rounded_products(size):
     x = draw_smooth(16, 16) * size
     exact, short = attend(x, x, x), attend(x, x[:, :20], x[:, :20])
-    out = carry_missed(attend, x, x, x, short.clone(), MARKS, HEADS)
+    out = carry_missed(attend, x, x, x, [short.clone()], MARKS, HEADS)[0]
     with RoundProducts():
-        rounded = carry_missed(attend, x, x, x, short.clone(), MARKS, HEADS)
+        rounded = carry_missed(attend, x, x, x, [short.clone()], MARKS, HEADS)[0]
     assert (rounded - out).norm() < 0.1 * (out - exact).norm()
 
 
 @pytest.mark.parametrize("value", [0.0, 3.0, 1e4])
 def test_queries_that_are_all_the_same_give_a_number(value):
     x = torch.full((1, 64, HEADS * WIDTH), value)
-    out = carry_missed(attend, x, x, x, attend(x, x[:, :8], x[:, :8]), place_landmarks(8, 8, 16), HEADS)
+    out = carry_missed(attend, x, x, x, [attend(x, x[:, :8], x[:, :8])], place_landmarks(8, 8, 16), HEADS)[0]
     torch.testing.assert_close(out, x)
 
 
@@ -179,7 +187,7 @@ def test_queries_are_told_apart_by_what_keys_differ_in(monkeypatch):
     exact, short = attend(q, k, x), attend(q, k[:, :20], x[:, :20])
 
     def measure() -> float:
-        return (carry_missed(attend, q, k, x, short.clone(), MARKS, HEADS) - exact).norm().item()
+        return (carry_missed(attend, q, k, x, [short.clone()], MARKS, HEADS)[0] - exact).norm().item()
 
     by_keys = measure()
     monkeypatch.setattr(landmarks, "find_metric", lambda seen: torch.eye(seen.shape[-1]).expand(len(seen), -1, -1))
@@ -190,7 +198,7 @@ def test_queries_far_from_all_others_do_not_unsettle_the_system():
     x = draw_smooth(16, 16)
     x[:, 4] *= 10
     exact, short = attend(x, x, x), attend(x, x[:, :20], x[:, :20])
-    out = carry_missed(attend, x, x, x, short.clone(), MARKS, HEADS)
+    out = carry_missed(attend, x, x, x, [short.clone()], MARKS, HEADS)[0]
     assert (out - exact)[:, 5:].norm() < (short - exact)[:, 5:].norm()
 
 
@@ -204,11 +212,26 @@ def test_one_landmark_far_out_hardly_spoils_what_the_others_say(seed):
         places = torch.randn(1, 2000, 3, generator=generator)
         places[:, 0] *= way * 3**0.5 / places[:, 0].norm()
         queries, missed = places @ spread, torch.sin(0.7 * places @ bend + 0.3)
-        carriers = solve_carriers(*(x[:, :64] for x in (queries, queries, missed)), heads=1)
+        carriers = solve_carriers(queries[:, :64], queries[:, :64], [missed[:, :64]], heads=1)
         carried = plain_attention(queries, *carriers, {"n_heads": 1}, None)
         return (carried - missed)[:, 64:].norm().item()
 
     assert measure(4.0) < 1.5 * measure(1.0)
+
+
+def test_the_solution_has_the_gradients_of_any_other():
+    torch.manual_seed(0)
+    root, right = torch.randn(3, 8, 8, dtype=torch.double), torch.randn(2, 3, 8, 5, dtype=torch.double)
+    inputs = root.requires_grad_(), right.requires_grad_()
+
+    def make_system(root):
+        return root @ root.mT + torch.eye(8)
+
+    assert torch.autograd.gradcheck(lambda root, right: solve_positive(make_system(root), right), inputs)
+    found = solve_positive(make_system(root), right)
+    torch.testing.assert_close(found, torch.linalg.solve(make_system(root), right))
+    with torch.no_grad():
+        torch.testing.assert_close(solve_positive(make_system(root), right), found)
 
 
 @torch.no_grad()
@@ -216,5 +239,5 @@ def test_the_system_is_solved_in_few_operations():
     """Its tensors are small: on a GPU each operation costs a launch, whatever is in it."""
     x = draw_smooth(8, 8).half()
     with Count() as count:
-        solve_carriers(x, x, x, HEADS)
+        solve_carriers(x, x, [x], HEADS)
     assert len(count.names) <= 40, count.names

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import torch
@@ -103,8 +103,8 @@ def watch_sites(
                 losses[site.name] = relative_error(module(x, emb), out)
         elif plan.coarse + plan.chosen < plan.tokens:
             with torch.enable_grad():
-                run = partial(module, attention, trained_attention, x, emb, plan, attention.heads)
-                outputs = [run(places) for places in list_places(plan, draw_all(x.device)[site.block])]
+                places = list_places(plan, draw_all(x.device)[site.block])
+                outputs = module.run_places(attention, trained_attention, x, emb, plan, attention.heads, places)
                 losses[site.name] = joint_error(outputs, out, spread)
                 if plan.chosen:
                     scores = module.router(x, emb)

@@ -166,19 +166,22 @@ def list_parts(attention: nn.Module, site: nn.Module, x: Tensor, emb: Tensor, pl
     yield "projections of k and v", lambda: (attention.to_k(keys), attention.to_v(values))[0]
     q, k, v = attention.to_q(x), attention.to_k(keys), attention.to_v(values)
     attend, options = import_from_pack("nodes.apply").attend, {"n_heads": attention.heads}
-    yield "attention", lambda: mixing.run(attend, q, k, v, options)
+    yield "attention", lambda: mixing.run(attend, q, k, v, options)[0]
     if not plan.landmarks:  # too few tokens for landmarks
         return
     landmarks = import_from_pack("dha.landmarks")
     few, some_k = (part.index_select(1, mixing.marks) for part in (q, k))
     projected = [part.tensor_split([plan.tokens], dim=1) for part in (k, v)]
     (all_k, _), (all_v, _) = projected
-    near_k, near_v = (mixing.pick(*part) for part in projected)
-    yield "attention: picking the short context", lambda: [mixing.pick(*part) for part in projected][0]
+    near_k, near_v = (hybrid.pick_short(*part, *mixing.picks) for part in projected)
+    yield (
+        "attention: picking the short context",
+        lambda: [hybrid.pick_short(*part, *mixing.picks) for part in projected][0],
+    )
     yield "attention: to the short context", lambda: attend(q, near_k, near_v, options, None)
     yield "attention: of landmarks to all", lambda: attend(few, all_k, all_v, options, None)
-    carriers = landmarks.solve_carriers(few, some_k, few, attention.heads)
-    yield "attention: the system", lambda: landmarks.solve_carriers(few, some_k, few, attention.heads)[0]
+    carriers = landmarks.solve_carriers(few, some_k, [few], attention.heads)
+    yield "attention: the system", lambda: landmarks.solve_carriers(few, some_k, [few], attention.heads)[0]
     yield "attention: to the landmarks", lambda: attend(q, *carriers, options, None)
 
 
