@@ -1,9 +1,9 @@
 """Where a short context is faster than the whole one: times of single layers, measured on the user's kind of device."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-WIDTHS = (320, 640, 1280)  # SD-2.1's; of other widths nothing is measured, and nothing is held back
+WIDTHS = (320, 640, 1280)  # SD-2.1's; other widths, of which nothing is known, are not held back
 # from here on a short context is used on devices without a table: on a processor from 384x384 at the finest level, on
 # an accelerator from 768x768 (an estimate: its many small kernels may cost more than the attention that they spare)
 UNMEASURED_TOKENS = {"cpu": 2304, "other": 9216}
@@ -33,21 +33,25 @@ class Payoff:
         Judged by the measured layer of that width that has as many tokens or fewer and as large a share or larger:
         larger layers and smaller shares only gain more.
         """
-        if channels not in WIDTHS:
-            return True
         rows = [row for row in self.rows if row.channels == channels]
         if not rows:
-            return tokens >= self.unmeasured_tokens
-        rows = [row for row in rows if row.tokens <= tokens and row.share * tokens >= keys]
+            return channels not in WIDTHS or tokens >= self.unmeasured_tokens
+        rows = [row for row in rows if row.tokens <= tokens and row.share * tokens >= keys - 0.5]  # shares are rounded
         if not rows:
             return False
         # A list of tuples: torch.compile leaves the graph for min's `key`, and for its generators.
         return min([(row.share, -row.tokens, row.speedup) for row in rows])[-1] >= WORTH
 
 
-def choose_payoff(tables: Iterable[dict], device: str, dtype: str) -> Payoff:
-    """The table of a kind of device (`cpu`, `cuda`) in `dtype` (`fp32`), in another one where that was not measured."""
+def choose_payoff(tables: Iterable[dict], device: str, dtype: str, own: Iterable[Sequence] = ()) -> Payoff:
+    """The table of a kind of device (`cpu`, `cuda`) in `dtype` (`fp32`), in another one where that was not measured.
+
+    `own` rows are of this very device: widths that they have are judged by them alone.
+    """
     same = [table for table in tables if table["device"] == device]
     same.sort(key=lambda table: table["dtype"] != dtype)
-    rows = tuple(LayerSpeed(*row) for row in same[0]["rows"]) if same else ()
+    measured = tuple(LayerSpeed(*row) for row in own)
+    widths = {row.channels for row in measured}
+    shipped = (LayerSpeed(*row) for row in (same[0]["rows"] if same else ()))
+    rows = (*measured, *(row for row in shipped if row.channels not in widths))
     return Payoff(rows, UNMEASURED_TOKENS.get(device, UNMEASURED_TOKENS["other"]))

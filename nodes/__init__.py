@@ -10,6 +10,7 @@ from .compare_pictures import ComparePictures
 from .control import ApplyFrequencyControl, LoadFrequencyControl
 from .frequency import FrequencyFilter
 from .load import LoadDHAStudent
+from .measure_layers import MeasureLayers
 from .routing_map import RoutingMap
 from .save_report import SaveReport
 from .train import DKDTrain
@@ -22,7 +23,7 @@ class DHAExtension(ComfyExtension):
     async def get_node_list(self):
         control = [FrequencyFilter, LoadFrequencyControl, ApplyFrequencyControl]
         compare = [CompareModels, ComparePictures, Benchmark, RoutingMap, SaveReport]
-        return [LoadDHAStudent, ApplyDHA, DKDTrain, TrainingRecord, *compare, *control]
+        return [LoadDHAStudent, ApplyDHA, MeasureLayers, DKDTrain, TrainingRecord, *compare, *control]
 
 
 async def comfy_entrypoint() -> DHAExtension:

@@ -16,7 +16,8 @@ from ..dha.presets import NO_CAP, PRESETS, Preset, Stretch
 from ..dha.sites import read_architecture
 from ..dha.student import FREE_CONFIG, Student
 from .load import DHA_STUDENT, LoadedStudent
-from .measured import describe_presets, find_payoff, read_measured
+from .measured import describe_presets, read_measured
+from .payoff import find_payoff, stamp_file
 
 KEY = "dha"  # under which our mark, our wrapper and our weights are kept in a model patcher
 PATCHES = "dha_patches"  # key in transformer_options of a student's `Patches`, for a control's branch to run with too
@@ -93,6 +94,10 @@ class ApplyDHA(io.ComfyNode):
             ],
             outputs=[io.Model.Output(tooltip="The model, sped up; the one that came in stays as it is.")],
         )
+
+    @classmethod
+    def fingerprint_inputs(cls, **_):
+        return stamp_file()  # what was measured on this machine counts from the next run on
 
     @classmethod
     def execute(
@@ -233,7 +238,7 @@ def say_if_nothing_pays(student: Student, stretch: Stretch, pays: Pays) -> Calla
         if shortened and not faster:
             logging.info(
                 "Apply DHA: at %dx%d no layer is known to get faster on this device, so nothing changes. Draw a larger "
-                "picture, or set levels to 'two finest' to try.",
+                "picture, let DHA Measure Layers find out for this size, or set levels to 'two finest' to try.",
                 8 * width,
                 8 * height,
             )

@@ -80,7 +80,7 @@ class Benchmark(io.ComfyNode):
 
     @classmethod
     def execute(cls, original, student, positive, negative, sizes, steps, repeats, cfg, batch_size) -> io.NodeOutput:
-        wanted = read_sizes(sizes)
+        wanted = read_sizes(sizes, "DHA Benchmark")
         sampling = Sampling(0, steps, cfg, "euler", "normal", positive, negative, 1.0)
         models = {"original": original, "student": student}
         progress = comfy.utils.ProgressBar(len(wanted) * count_steps(sampling, len(models), repeats))
@@ -97,20 +97,20 @@ class Benchmark(io.ComfyNode):
         return io.NodeOutput(chart, text, ui=shown | ui.PreviewImage(chart, cls=cls).as_dict())
 
 
-def read_sizes(text: str) -> list[tuple[int, int]]:
-    """Widths and heights from `512, 768x512`; raises ValueError for anything else."""
+def read_sizes(text: str, node: str) -> list[tuple[int, int]]:
+    """Widths and heights from `512, 768x512`; raises ValueError, about a `node`, for anything else."""
     sizes = []
     for part in filter(None, (part.strip() for part in re.split("[,;\n]", text))):
         match = SIZE.fullmatch(part)
         size = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
         if any(side % STRIDE or not SMALLEST <= side <= LARGEST for side in size):
             raise ValueError(
-                f"DHA Benchmark found {part!r} in sizes and expected pixels such as 512 or 768x512, multiples of "
-                f"{STRIDE} from {SMALLEST} to {LARGEST}."
+                f"{node} found {part!r} in sizes and expected pixels such as 512 or 768x512, multiples of {STRIDE} "
+                f"from {SMALLEST} to {LARGEST}."
             )
         sizes.append(size)
     if not sizes:
-        raise ValueError("DHA Benchmark found no sizes; enter for example 512, 768, 1024.")
+        raise ValueError(f"{node} found no sizes; enter for example 512, 768, 1024.")
     return sizes
 
 

@@ -8,7 +8,7 @@ import comfy.utils
 import torch
 from comfy_api.latest import io
 
-from .measured import find_precision
+from .payoff import find_precision
 from .tables import show_report, tabulate_runs
 from .timing import Laps, Sampling, count_steps, time_both
 

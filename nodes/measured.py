@@ -6,14 +6,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from ..dha.payoff import Payoff, choose_payoff
 from ..dha.presets import PRESETS, Preset
 
 FILE = Path(__file__).with_name("measured.json")
 FORMAT = "dha-measured-2"  # before, a preset had one speed
-DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 def read_measured(file: Path = FILE) -> dict[str, Any]:
@@ -27,17 +23,6 @@ def read_measured(file: Path = FILE) -> dict[str, Any]:
         logging.warning("DHA: %s cannot be read (%s); defaults are used. Get the pack again.", file, error)
         return none
     return found if isinstance(found, dict) and found.get("format") == FORMAT else none
-
-
-def find_payoff(model) -> Payoff:
-    """Which layers get faster on the device, and in the precision, that a model patcher computes in."""
-    dtype = DTYPES.get(find_precision(model), "other")
-    return choose_payoff(read_measured()["layers"], model.load_device.type, dtype)
-
-
-def find_precision(model) -> torch.dtype:
-    """What a model patcher computes in, which need not be what its weights are kept in."""
-    return getattr(model.model, "manual_cast_dtype", None) or model.model.get_dtype()
 
 
 def describe_presets(measured: dict[str, Any]) -> str:

@@ -117,10 +117,11 @@ def test_subjects_are_chosen_by_name_or_family():
     assert chosen == ["unpatched", "dha-fast", "official-0.5", "official-0.1"]
 
 
-def test_where_no_layers_were_measured_presets_are_timed_at_both_finest_levels(monkeypatch):
+def test_where_no_layers_were_measured_presets_are_timed_at_both_finest_levels(monkeypatch, host):
     """`auto` would leave most layers there as they are, and the original would be timed under DHA's name."""
-    measured, model = import_from_pack("nodes.measured"), SimpleNamespace(load_device=torch.device("cpu"))
-    monkeypatch.setattr(measured, "find_precision", lambda _model: torch.bfloat16)
+    payoff, model = import_from_pack("nodes.payoff"), SimpleNamespace(load_device=torch.device("cpu"))
+    monkeypatch.setattr(payoff, "find_precision", lambda _model: torch.bfloat16)
+    monkeypatch.setattr(payoff, "read_tables", dict)
     assert choose_levels(model) == "auto"
     model.load_device = torch.device("mps")
     assert choose_levels(model) == "two finest"

@@ -87,7 +87,7 @@ def patch_dha(model, preset: str = "custom", student=None, budget: float = 0.125
 
 def choose_levels(model) -> str:
     """`auto` where a device's layers were measured; elsewhere it leaves most as they are, and the original is timed."""
-    return "auto" if import_from_pack("nodes.measured").find_payoff(model).rows else "two finest"
+    return "auto" if import_from_pack("nodes.payoff").find_payoff(model).rows else "two finest"
 
 
 def patch_stretch(model, stretch):
