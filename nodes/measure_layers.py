@@ -59,7 +59,8 @@ class MeasureLayers(io.ComfyNode):
         wanted = read_sizes(sizes, NAME)
         found = measure(model, wanted, pictures)
         dtype = name_precision(model)
-        rows = [[e["channels"], e["tokens"], e["share"], e["speedup"]] for e in found if e["speedup"] is not None]
+        timed = [entry for entry in found if entry["speedup"] is not None]
+        rows = [[each["channels"], each["tokens"], each["share"], round(each["speedup"], 4)] for each in timed]
         origin = {"torch": torch.__version__, "pictures": pictures}
         file = keep_rows(model, dtype, rows, origin)
         device = comfy.model_management.get_torch_device_name(model.load_device)
