@@ -19,8 +19,9 @@ def server(tmp_path_factory):
         pytest.skip("COMFYUI_PATH does not point to a ComfyUI")
     if not (FOLDER / "models" / "checkpoints" / CHECKPOINT).is_file():
         pytest.skip(f"{CHECKPOINT} is not there")
-    with serve(find_comfyui(None), tmp_path_factory.mktemp("comfyui")) as running:
-        running.info = running.get("/object_info")
+    base = tmp_path_factory.mktemp("comfyui")
+    with serve(find_comfyui(None), base) as running:
+        running.info, running.base = running.get("/object_info"), base
         yield running
 
 
@@ -43,6 +44,7 @@ def test_every_layer_is_timed_and_shown(server):
     events = []
     outcome = measure(server, "128, 256x128", on_progress=lambda *event: events.append(event))
     report = json.loads(outcome.text("2"))
+    assert (server.base / "user" / "dha" / report["kept_in"]).is_file()
     assert {(entry["width"], entry["height"], entry["level"]) for entry in report["layers"]} == {
         (width, 128, level) for width in (128, 256) for level in range(3)
     }
@@ -55,6 +57,32 @@ def test_every_layer_is_timed_and_shown(server):
     assert "balanced pays at 128x128: " in outcome.outputs["2"]["summary"][0]
     values = [(value, total) for key, value, total in events if key == "2" and total > 1]
     assert values == sorted(values) and values[-1] == (36, 36)
+
+
+def test_apply_dha_runs_again_after_a_measurement_and_not_before(server):
+    graph = {"1": node("CheckpointLoaderSimple", ckpt_name=CHECKPOINT)}
+    graph["2"] = node("ApplyDHA", model=["1", 0])
+    text = {"clip": ["1", 1], "text": "owl"}
+    graph["3"], graph["4"] = node("CLIPTextEncode", **text), node("EmptyLatentImage", width=128, height=128)
+    settings = {"model": ["2", 0], "positive": ["3", 0], "negative": ["3", 0], "latent_image": ["4", 0], "steps": 1}
+    graph["5"] = node("KSampler", seed=0, cfg=1.0, sampler_name="euler", scheduler="normal", denoise=1.0, **settings)
+    graph["6"] = node("VAEDecode", samples=["5", 0], vae=["1", 2])
+    graph["7"] = node("PreviewImage", images=["6", 0])
+    graph = fill_defaults(graph, server.info)
+
+    def list_kept() -> set[str]:
+        before = server.get("/history").keys()
+        server.run(graph)
+        (ended,) = server.get("/history").keys() - before
+        messages = dict(server.get(f"/history/{ended}")[ended]["status"]["messages"])
+        return set(messages["execution_cached"]["nodes"])
+
+    list_kept()
+    assert list_kept() == set(graph)
+    file = server.base / "user" / "dha" / "layers.json"  # as the node writes it: ComfyUI keeps one graph's results
+    file.parent.mkdir(exist_ok=True)
+    file.write_text('{"format": "dha-layers-1", "tables": {}}')
+    assert list_kept() == {"1", "3", "4"}
 
 
 @pytest.mark.parametrize("sizes", ["", "abc", "100"])

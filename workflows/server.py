@@ -215,6 +215,16 @@ def choose_device_flags() -> tuple[str, ...]:
     return ("--cpu", "--force-fp32")
 
 
+def choose_fast_flags() -> tuple[str, ...]:
+    """As `choose_device_flags`; the UNet in bf16 on processors that multiply it, which is much faster there."""
+    import torch
+
+    flags = choose_device_flags()
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # not in older ones
+    fast = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16"))
+    return ("--cpu", "--bf16-unet") if flags and fast else flags
+
+
 def find_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
