@@ -33,12 +33,13 @@ def draw_curve(progress: Progress, title: str) -> Image.Image:
     """A line for each loss of each stage, a dot for each validation."""
     picture = Image.new("RGB", (WIDTH, HEIGHT), PAPER)
     pen = ImageDraw.Draw(picture)
-    values = [value for points in [*progress.losses.values(), progress.errors] for _, value in points]
-    scale = Scale(progress.total, values)
+    lines = [smooth(points) for points in progress.losses.values()]
+    # Not single losses: what two grids have in common may be next to nothing in one step.
+    scale = Scale(progress.total, [value for points in [*lines, progress.errors] for _, value in points])
     draw_axes(pen, scale, progress, title)
-    for number, points in enumerate(progress.losses.values()):
+    for number, points in enumerate(lines):
         colour = COLOURS[number % len(COLOURS)]
-        line = [scale.place(step, value) for step, value in smooth(points)]
+        line = [scale.place(step, value) for step, value in points]
         if len(line) > 1:
             pen.line(line, colour, 3, joint="curve")
         elif line:
