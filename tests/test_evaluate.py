@@ -357,18 +357,20 @@ def test_official_is_given_the_sparsity_that_costs_as_much():
     assert count_cost(DHAConfig(), 16, 32) < count_cost(free, 16, 32) <= cost < count_full(256, 32)
 
 
-def test_an_ablation_trains_and_measures_each_row_once(arguments, pairs, out, monkeypatch):
+def test_an_ablation_trains_and_measures_each_row_once(arguments, pairs, out, tmp_path, monkeypatch):
     from dkd_trainer.evidence import ablation
 
     more = ["--data", str(pairs), "--seconds", "0.001", "--only", "stages 1+2", "official, rate 1e-06"]
     # as large as the preset has them, the parts of a layer of 64 tokens would cost more than the teacher's
     small = ["--set", "train.batch=2", "--set", "student.memory=4", "--set", "student.rank=4"]
-    args = ablation.read_arguments([*arguments, *more, *small])
+    cache = tmp_path / "encoded before"
+    args = ablation.read_arguments([*arguments, *more, *small, "--set", f"data.cache={cache}"])
     train, trained = ablation.train_student, []
     monkeypatch.setattr(ablation, "train_student", lambda *parts: trained.append(parts[-1].out.name) or train(*parts))
     ablation.run_ablation(args)
     rows = json.loads((out / "ablation.json").read_text())["rows"]
     assert len(trained) == 2 and rows["stages 1+2"]["train_steps"] == 2
+    assert list(cache.glob("latents-*")), "what other runs have encoded"
     assert rows["official, rate 1e-06"]["attention_cost"] <= rows["stages 1+2"]["attention_cost"] < 1
     ablation.run_ablation(args)
     assert len(trained) == 2 and json.loads((out / "ablation.json").read_text())["rows"] == rows
@@ -388,7 +390,7 @@ def test_every_row_is_a_run_that_the_trainer_takes(arguments, pairs):
     from dkd_trainer.evidence import ablation
 
     args = ablation.read_arguments([*arguments, "--data", str(pairs), "--groups", "stages", "parts", "terms"])
-    rows = ablation.list_rows(args, ablation.common_student(args), 8, 32)
+    rows = ablation.list_rows(args, ablation.common_settings(args).student, 8, 32)
     runs = {row.name: ablation.row_settings(args, row) for row in rows}
     for row in rows:
         assert list_stages(runs[row.name]), row.name

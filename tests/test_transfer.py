@@ -91,6 +91,26 @@ def test_what_two_grids_have_in_common_counts_whole_and_the_rest_for_its_spread(
     torch.testing.assert_close(joint_error(outputs[:1], target, 0.1), relative_error(outputs[0], target))
 
 
+@pytest.mark.parametrize("spread", [0.0, 0.1, 1.0])
+def test_gradients_of_one_grid_alone_are_those_of_both_on_average(spread):
+    from dkd_trainer.engine.transfer import joint_error
+
+    torch.manual_seed(0)
+    target, weight = torch.randn(3, 8), torch.randn(8, 8, requires_grad=True)
+    inputs = torch.randn(2, 3, 8)
+
+    def find_gradient(*order: int) -> tuple[torch.Tensor, torch.Tensor]:
+        outputs = [inputs[number] @ weight for number in order]
+        whole = joint_error(outputs, target, spread)
+        half = joint_error([outputs[0], outputs[1].detach()], target, spread)
+        torch.testing.assert_close(half, whole)
+        return tuple(torch.autograd.grad(loss, weight, retain_graph=True)[0] for loss in (whole, half))
+
+    (whole, first), (_, second) = find_gradient(0, 1), find_gradient(1, 0)
+    assert not torch.allclose(first, second)
+    torch.testing.assert_close((first + second) / 2, whole)
+
+
 def test_a_spread_makes_every_layer_look_at_two_grids(teacher, monkeypatch):
     from dkd_trainer.engine import transfer
 

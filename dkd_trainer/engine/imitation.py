@@ -66,7 +66,8 @@ def imitation_losses(
     with recompute_layers(teacher.unet, checkpointing):
         with keep_blocks(teacher.unet, blocks[1]):
             prediction = teacher.predict(*inputs, imitated.add_to(runs[0]) if wants_attention else runs[0])
-        predictions = [prediction, *(teacher.predict(*inputs, options) for options in runs[1:])]
+        with torch.no_grad():  # `joint_error` needs the gradients of one alone
+            predictions = [prediction, *(teacher.predict(*inputs, options) for options in runs[1:])]
     if "output" in terms:
         scales = batch.guidance if guided else None
         mixed = [mix_guidance(each, scales) for each in predictions]

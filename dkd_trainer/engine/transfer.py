@@ -124,12 +124,15 @@ def joint_error(outputs: Sequence[Tensor], target: Tensor, spread: float) -> Ten
 
     d and d' are the differences of one or two outputs, made with different grids, to the target. Their product is what
     they have in common, on average the squared error of the mean over all grids; the rest mostly cancels while grids
-    change from step to step, and counts for `spread`.
+    change from step to step, and counts for `spread`. Where the first output alone has gradients, they are those of
+    both on average: the two are alike, and may change places.
     """
     differences = [(output.float() - target.float()).flatten(1) for output in outputs]
     whole = sum(difference.square().sum(1) for difference in differences) / len(differences)
     common = (differences[0] * differences[-1]).sum(1)
     error = common + spread * (whole - common)
+    if not differences[-1].requires_grad:
+        error = 2 * error - error.detach()
     return (error / target.float().flatten(1).square().sum(1).clamp(min=1e-8)).mean()
 
 

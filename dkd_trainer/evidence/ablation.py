@@ -136,8 +136,9 @@ def measure_row(row: TrainedRow, file: Path, comparison: Comparison) -> DHAConfi
 def run_ablation(args: argparse.Namespace) -> list[Path]:
     """Train and measure what is not there yet, and write the report; its files."""
     comparison = Comparison(args)
-    teacher, student = comparison.teacher, common_student(args)
-    corpus = open_corpus(args.data, teacher, args.out / "cache", args.size)
+    teacher, common = comparison.teacher, common_settings(args)
+    student, cache = common.student, Path(common.data.cache or args.out / "cache")
+    corpus = open_corpus(args.data, teacher, cache, args.size)
     level = min(student.levels)
     side = -(-args.size // 8 >> level)
     channels = next(teacher.architecture.channels[site.name] for site in SITES if site.level == level)
@@ -174,9 +175,9 @@ def measure_untrained(
     return {subject.name: config for subject, config in free}
 
 
-def common_student(args: argparse.Namespace) -> DHAConfig:
-    """The student that the rows vary."""
-    return assemble_settings(args.preset, None, [parse_override(text) for text in args.set]).student
+def common_settings(args: argparse.Namespace) -> Settings:
+    """What all rows vary."""
+    return assemble_settings(args.preset, None, [parse_override(text) for text in args.set])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
