@@ -12,7 +12,7 @@ import pytest
 from test_training_record import write_training
 
 from workflows.formats import to_api, to_ui
-from workflows.graphs import FOLDER, node
+from workflows.graphs import CHECKPOINT, FOLDER, node
 from workflows.server import choose_device_flags, find_comfyui, serve
 
 pytest.importorskip("playwright", reason="comes with `python3 install.py --test`")
@@ -149,6 +149,21 @@ def test_a_training_is_shown_with_its_figures(server, frontend):
     assert frontend.page.locator(".dha-summary").inner_text().startswith("finished: imitation 10/10")
     assert "held-out error" in frontend.page.locator(".dha-table").inner_text()
     assert save_json(frontend.page)["training"] == "owl/0123"
+
+
+def test_measured_layers_are_shown_as_a_table(server, frontend):
+    graph = {"1": node("CheckpointLoaderSimple", ckpt_name=CHECKPOINT)}
+    graph["2"] = node("DHAMeasureLayers", model=["1", 0], sizes="128, 256", pictures=1)
+    frontend.load(to_ui(graph, server.get("/object_info"), [["1"], ["2"]], "What pays here."))
+    frontend.queue()
+    assert frontend.finish() == "execution_success"
+    frontend.zoom("DHAMeasureLayers")
+    table = frontend.page.locator(".dha-table").inner_text()
+    assert "128x128" in table and "finest" in table and "balanced" in table
+    assert frontend.page.locator(".dha-summary").inner_text().startswith("kept; balanced pays at 128x128: ")
+    assert frontend.page.get_by_role("button", name="Save JSON").last.is_visible()
+    shoot(frontend, "measure-layers")
+    assert len(save_json(frontend.page)["layers"]) > 6
 
 
 def test_every_node_has_a_help_page(server, frontend):

@@ -8,6 +8,7 @@ const HEIGHT = {
   DHACompareModels: 190,
   DHAComparePictures: 480,
   DHABenchmark: 200,
+  DHAMeasureLayers: 380,
   DHARoutingMap: 175,
   DKDTrain: 210,
   DKDTrainingRecord: 320

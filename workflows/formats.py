@@ -19,6 +19,7 @@ ROOM = {
     "DHACompareModels": (WIDTH, 170),
     "DHAComparePictures": (440, 560),
     "DHABenchmark": (520, 500),
+    "DHAMeasureLayers": (520, 400),
     "DHARoutingMap": (520, 460),
     "DKDTrain": (520, 820),
 }
