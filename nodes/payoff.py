@@ -26,8 +26,8 @@ def find_payoff(model) -> Payoff:
 
 
 def find_precision(model) -> torch.dtype:
-    """What a model patcher computes in, which need not be what its weights are kept in."""
-    return getattr(model.model, "manual_cast_dtype", None) or model.model.get_dtype()
+    """What a model patcher computes in, which need not be what its weights are kept in; ModelComputeDtype may say it."""
+    return model.get_model_object("manual_cast_dtype") or model.model.get_dtype()
 
 
 def name_precision(model) -> str:

@@ -215,14 +215,12 @@ def choose_device_flags() -> tuple[str, ...]:
     return ("--cpu", "--force-fp32")
 
 
-def choose_fast_flags() -> tuple[str, ...]:
-    """As `choose_device_flags`; the UNet in bf16 on processors that multiply it, which is much faster there."""
+def is_fast_in_bf16() -> bool:
+    """Whether figures are taken on a processor here, and it multiplies bf16, which is much faster than fp32."""
     import torch
 
-    flags = choose_device_flags()
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # not in older ones
-    fast = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16"))
-    return ("--cpu", "--bf16-unet") if flags and fast else flags
+    return bool(choose_device_flags()) and any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16"))
 
 
 def find_port() -> int:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from ..graphs import CHECKPOINT, STUDENT
 from ..machine import describe_machine
-from ..server import PACK, ServerError, choose_fast_flags, find_comfyui, serve
-from .measure import PROMPTS, compare_prompts, find_obstacle, time_fullsize
+from ..server import PACK, ServerError, find_comfyui, is_fast_in_bf16, serve
+from .measure import BF16_FLAGS, PROMPTS, compare_prompts, find_obstacle, time_fullsize
 from .report import check_out, write_report
 from .results import Results, show
 
@@ -65,9 +65,10 @@ def measure(arguments: argparse.Namespace, comfyui: Path, base: Path) -> Results
     results.speed_problem = "Left out with --no-fullsize." if arguments.no_fullsize else find_obstacle(base)
     if not results.speed_problem:
         try:
-            # Pictures are compared in fp32, to see nothing but DHA; speed is what a user would have at best.
-            with serve(comfyui, base, flags=choose_fast_flags()) as server:
-                results.speed = time_fullsize(server, comfyui, base)
+            # Pictures are compared in fp32, to see nothing but DHA; speed is what a user could have at best.
+            bf16 = is_fast_in_bf16()
+            with serve(comfyui, base, flags=BF16_FLAGS if bf16 else None) as server:
+                results.speed = time_fullsize(server, comfyui, base, "bf16" if bf16 else "")
         except (ServerError, RuntimeError) as error:
             results.speed_problem = f"Failed: {error}"
     if results.speed_problem:

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from ..formats import fill_defaults
 from ..fullsize import FREE_BYTES, run_writer
-from ..graphs import Picture, compare, time_models
+from ..graphs import Picture, compare, node, time_models
 from ..server import Graph, Outcome, Server
 from .results import Comparison
 
@@ -27,6 +27,8 @@ PROMPTS = (
     "unicorn, glossy 3d style, purple background",
 )
 FULLSIZE = "sd21-base-random.safetensors"
+# ComfyUI keeps weights in bf16 on a processor, but computes in it only where ModelComputeDtype says so.
+BF16_FLAGS = ("--cpu", "--bf16-unet")
 # The checkpoint, weights, activations at 768, and the server itself; 7.3 GB were seen at the peak in fp32 at 512.
 MEMORY_BYTES = 9_000_000_000
 
@@ -70,13 +72,20 @@ def compare_prompts(
         yield Comparison(prompt, json.loads(outcome.text("12")), *pictures)
 
 
-def time_checkpoint(server: Server, checkpoint: str, size: int, repeats: int) -> dict[str, Any]:
-    """Compare Models' report on one step of `size` x `size` pixels, training-free DHA, without guidance."""
+def time_checkpoint(server: Server, checkpoint: str, size: int, repeats: int, dtype: str = "") -> dict[str, Any]:
+    """Compare Models' report on one step of `size` x `size` pixels, training-free DHA, without guidance.
+
+    In `dtype` (`bf16`) where one is named.
+    """
     picture = Picture("a photo of a cat", width=size, height=size, steps=1, cfg=1.0)
-    graph = fill_defaults(time_models(checkpoint, picture, repeats=repeats), server.get("/object_info"))
+    graph = time_models(checkpoint, picture, repeats=repeats)
     # Without guidance the negative prompt is not used: the positive one saves a pass of the text encoder.
     del graph["3"]
     graph["7"]["inputs"]["negative"] = ["2", 0]
+    if dtype:
+        graph["3"] = node("ModelComputeDtype", model=["1", 0], dtype=dtype)
+        graph["6"]["inputs"]["model"] = graph["7"]["inputs"]["original"] = ["3", 0]
+    graph = fill_defaults(graph, server.get("/object_info"))
     return json.loads(GraphBar(graph, f"  {size}x{size}, one step, {repeats} runs each").run(server, 900).text("7"))
 
 
@@ -90,11 +99,13 @@ def find_obstacle(folder: Path) -> str:
     return ""
 
 
-def time_fullsize(server: Server, comfyui: Path, base: Path, size: int = 768, repeats: int = 3) -> dict[str, Any]:
-    """Write the random full-size checkpoint under the server's models, time it, delete it."""
+def time_fullsize(
+    server: Server, comfyui: Path, base: Path, dtype: str = "", size: int = 768, repeats: int = 3
+) -> dict[str, Any]:
+    """Write the random full-size checkpoint under the server's models, time it (in `dtype`), delete it."""
     checkpoint = base / "models" / "checkpoints" / FULLSIZE
     try:
         run_writer(comfyui, checkpoint)
-        return time_checkpoint(server, FULLSIZE, size, repeats)
+        return time_checkpoint(server, FULLSIZE, size, repeats, dtype)
     finally:
         checkpoint.unlink(missing_ok=True)
