@@ -26,7 +26,7 @@ def find_payoff(model) -> Payoff:
 
 
 def find_precision(model) -> torch.dtype:
-    """What a model patcher computes in, which need not be what its weights are kept in; ModelComputeDtype may say it."""
+    """What a model patcher computes in, as ModelComputeDtype may say; its weights may be kept in something else."""
     return model.get_model_object("manual_cast_dtype") or model.model.get_dtype()
 
 

@@ -108,6 +108,13 @@ def test_auto_goes_by_what_was_measured_here(studio, nodes):
     assert find_payoff(model).pays(256, 32, 16)
 
 
+def test_precision_is_that_of_the_computation(studio, nodes):
+    """As the core node ModelComputeDtype sets it; the model that it was cloned from stays as it is."""
+    own, model = nodes("payoff"), studio.model.clone()
+    model.set_model_compute_dtype(torch.bfloat16)
+    assert own.name_precision(model) == "bf16" and own.name_precision(studio.model) == "fp32"
+
+
 def test_a_queued_graph_notices_a_new_measurement(studio, nodes):
     apply, own = nodes("apply").ApplyDHA, nodes("payoff")
     before = apply.fingerprint_inputs(preset="fast")
