@@ -21,6 +21,12 @@ class Stretch:
     trained: bool = True
     landmarks: int | None = None
 
+    def find_share(self, tokens: int) -> float:
+        """The share of a layer's tokens that are keys, at most; raises ValueError where a student has its own."""
+        if self.token_budget is None or self.max_tokens is None:
+            raise ValueError(f"{self} leaves its number of keys to the student")
+        return min(self.token_budget, self.max_tokens / tokens)
+
     @property
     def least_timestep(self) -> float:
         """Its last timestep, of 999 to 0."""

@@ -14,6 +14,7 @@ from .routing import ContextPlan, plan_context
 from .sites import SITES, Architecture, Site
 
 FREE_CONFIG = DHAConfig(levels=(0, 1), landmarks=LANDMARKS)  # of full-size models
+START_CONFIG = replace(FREE_CONFIG, memory=32, rank=8, local=16)  # what the trainer makes when it is told nothing
 
 
 class Student(nn.Module):

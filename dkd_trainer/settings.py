@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dha.config import DHAConfig, drop_retired
-from dha.landmarks import LANDMARKS
+from dha.student import START_CONFIG
 
 from .fields import SettingsError, build, choice, merge, nest, real, reals, switch, text, texts, to_toml, whole
 from .host import SHIPPED_TEACHER
@@ -148,11 +148,6 @@ class WatchSettings:
     tensorboard: bool = switch(False)
 
 
-def start_config() -> DHAConfig:
-    """The student that the trainer makes when it is told nothing."""
-    return DHAConfig(levels=(0, 1), landmarks=LANDMARKS, memory=32, rank=8, local=16)
-
-
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """One run; `start` is a student file whose weights it begins with, empty for fresh ones."""
@@ -162,7 +157,7 @@ class Settings:
     teacher: TeacherSettings = dataclasses.field(default_factory=TeacherSettings)
     pair: PairSettings = dataclasses.field(default_factory=PairSettings)
     data: DataSettings = dataclasses.field(default_factory=DataSettings)
-    student: DHAConfig = dataclasses.field(default_factory=start_config)
+    student: DHAConfig = START_CONFIG
     transfer: TransferSettings = dataclasses.field(default_factory=TransferSettings)
     imitation: ImitationSettings = dataclasses.field(default_factory=ImitationSettings)
     quality: ImitationSettings = dataclasses.field(

@@ -9,6 +9,7 @@ import torch
 from comfy_api.latest import io, ui
 
 from .compare import describe_run, report_laps
+from .no_room import spare_memory
 from .pixels import to_images
 from .plot import draw_bars
 from .tables import MISSING, Table, show_bytes, show_number, show_report
@@ -16,8 +17,6 @@ from .timing import Sampling, count_steps, time_both
 
 SIZE = re.compile(r"(\d+)(?:\s*[x×]\s*(\d+))?")
 STRIDE, SMALLEST, LARGEST = 8, 64, 8192  # pixels
-# What PyTorch says of it as a plain RuntimeError: MPS, the CPU, the CPU on Windows, and MPS of a single tensor.
-NO_ROOM = ("out of memory", "can't allocate memory", "not enough memory", "Invalid buffer size")
 PREVIEW = 512
 
 
@@ -124,19 +123,10 @@ def time_size(sampling: Sampling, models, latent: dict, repeats: int, progress) 
     """One size's entry in the report; a size that does not fit into the memory says so."""
     height, width = (side * STRIDE for side in latent["samples"].shape[-2:])
     size = {"width": width, "height": height}
-    try:
+    with spare_memory():
         _, laps = time_both(sampling, models, latent, repeats, progress)
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        comfy.model_management.soft_empty_cache()
-        return {**size, "error": "out of memory"}
-    return {**size, **report_laps(laps)}
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether a tensor did not fit, on whatever device."""
-    return isinstance(error, comfy.model_management.OOM_EXCEPTION) or any(words in str(error) for words in NO_ROOM)
+        return {**size, **report_laps(laps)}
+    return {**size, "error": "out of memory"}
 
 
 def draw_chart(report: dict[str, Any], model):

@@ -11,8 +11,9 @@ from comfy_api.latest import io
 from ..dha.payoff import WORTH
 from ..dha.presets import PRESETS
 from ..dha.sites import read_architecture
-from .benchmark import is_out_of_memory, read_sizes
-from .layer_times import ROUNDS, draw_tokens, find_layers, make_students, time_layer
+from .benchmark import read_sizes
+from .layer_times import ROUNDS, LayerTime, draw_tokens, find_layers, make_students, time_layer
+from .no_room import spare_memory
 from .payoff import find_precision, keep_rows, name_precision
 from .tables import Table, show_number, show_report
 
@@ -80,14 +81,10 @@ def measure(model, sizes: list[tuple[int, int]], pictures: int) -> list[dict[str
     found = []
     for number, ((width, height), layer) in enumerate(layers, 1):
         attention = model.model.diffusion_model.get_submodule(layer.site.name)
-        try:
+        times: list[LayerTime] = []
+        with spare_memory():
             tokens = (part.to(device, dtype) for part in draw_tokens(layer, pictures, architecture))
-            times = time_layer(attention, students, layer, *tokens, lambda: progress.update(1), is_out_of_memory)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            comfy.model_management.soft_empty_cache()
-            times = []
+            times = time_layer(attention, students, layer, *tokens, lambda: progress.update(1))
         progress.update_absolute(number * (ROUNDS + 1))
         labels = {"width": width, "height": height, "level": layer.site.level, "tokens": layer.tokens}
         labels["channels"] = architecture.channels[layer.site.name]
@@ -103,7 +100,7 @@ def find_speedups(found: list[dict[str, Any]]) -> dict[tuple[str, str], dict[str
         row["seconds"] = entry["seconds"]
         for name, preset in PRESETS.items():
             first = preset.stretches[0]
-            if entry["share"] == min(first.token_budget, first.max_tokens / entry["tokens"]):
+            if entry["share"] == first.find_share(entry["tokens"]):
                 row[name] = entry["speedup"]
     return speedups
 

@@ -12,6 +12,7 @@ import torch
 from comfy.patcher_extension import WrappersMP
 
 from ..dha.peak import watch_peak
+from ..dha.stopwatch import synchronise
 
 WARM_UP = 3  # steps: the schedule's first, one of the second half, and its last
 LATE = 0.7  # share of the schedule that no preset of Apply DHA treats as its beginning or its end
@@ -41,13 +42,6 @@ def count_weights(model) -> int:
     """Bytes of a model patcher's weights, with those of the models that come with it, such as a student."""
     models = [model, *(other for others in model.additional_models.values() for other in others)]
     return sum(each.model_size() for each in models)
-
-
-def synchronise(device: torch.device) -> None:
-    """Wait until the device has done all that was asked of it; a no-op where work is not queued."""
-    backend = getattr(torch, device.type, None)
-    if hasattr(backend, "synchronize"):
-        backend.synchronize()
 
 
 def attach_stopwatch(model) -> tuple[object, Laps]:

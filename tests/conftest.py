@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -158,6 +159,21 @@ def host(tmp_path_factory):
 def pack(host):
     """This repository, loaded as ComfyUI loads a custom node pack."""
     return host.load_pack(ROOT)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """A real ComfyUI over HTTP, with the pack and the mini SD-2.1; `info` are its nodes, `base` its folder."""
+    if not os.environ.get("COMFYUI_PATH"):
+        pytest.skip("COMFYUI_PATH does not point to a ComfyUI")
+    if not SHIPPED.is_file():
+        pytest.skip(f"{SHIPPED.name} is not there")
+    from workflows.server import find_comfyui, serve  # asks for packages that the tests in pure torch do without
+
+    base = tmp_path_factory.mktemp("comfyui")
+    with serve(find_comfyui(None), base) as running:
+        running.info, running.base = running.get("/object_info"), base
+        yield running
 
 
 @pytest.fixture(scope="session")

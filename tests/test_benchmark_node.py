@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 import sys
 
 import numpy as np
@@ -12,19 +11,8 @@ from PIL import Image
 
 from dha.peak import watch_peak
 from workflows.formats import fill_defaults
-from workflows.graphs import CHECKPOINT, FOLDER, Picture, add_student, node, prepare
-from workflows.server import ServerError, find_comfyui, serve
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    if not os.environ.get("COMFYUI_PATH"):
-        pytest.skip("COMFYUI_PATH does not point to a ComfyUI")
-    if not (FOLDER / "models" / "checkpoints" / CHECKPOINT).is_file():
-        pytest.skip(f"{CHECKPOINT} is not there")
-    with serve(find_comfyui(None), tmp_path_factory.mktemp("comfyui")) as running:
-        running.info = running.get("/object_info")
-        yield running
+from workflows.graphs import CHECKPOINT, Picture, add_student, node, prepare
+from workflows.server import ServerError
 
 
 def benchmark(sizes: str, **settings):

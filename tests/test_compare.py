@@ -21,19 +21,6 @@ PICTURE = Picture("red apple left of lemon, noto style, sky blue background", wi
 TEACHER = FOLDER / "models" / "checkpoints" / CHECKPOINT
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    if not os.environ.get("COMFYUI_PATH"):
-        pytest.skip("COMFYUI_PATH does not point to a ComfyUI")
-    if not TEACHER.is_file():
-        pytest.skip(f"{TEACHER.name} is not there")
-    base = tmp_path_factory.mktemp("comfyui")
-    with serve(find_comfyui(None), base) as running:
-        running.base = base
-        running.info = running.get("/object_info")
-        yield running
-
-
 def run(server, graph, **kwargs):
     return server.run(fill_defaults(graph, server.info), **kwargs)
 

@@ -16,7 +16,7 @@ from dha.landmarks import place_landmarks
 from dha.patch import make_patches, plain_attention
 from dha.payoff import Payoff, choose_payoff
 from dha.planner import Planner
-from dha.presets import PRESETS, Preset, Stretch
+from dha.presets import OWN, PRESETS, Preset, Stretch
 from dha.routing import coarse_indices
 from dha.sites import SITES, Architecture
 from dha.student import Student
@@ -41,6 +41,13 @@ def spend_keys(stretch: Stretch, side: int) -> int:
     """Keys at the finest level of a square picture, training-free."""
     plan = Student(DHAConfig(), FULL_SIZE).plan(side // 8, side // 8, stretch)
     return plan.coarse + plan.chosen
+
+
+def test_a_stretch_says_its_share_of_the_tokens_up_to_its_cap():
+    stretch = Stretch(0.25, 100)
+    assert stretch.find_share(200) == 0.25 and stretch.find_share(1000) == 0.1
+    with pytest.raises(ValueError, match="to the student"):
+        OWN.find_share(200)
 
 
 def test_presets_spend_fewer_keys_in_the_order_of_their_names():

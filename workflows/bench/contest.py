@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dha.peak import watch_peak
+from dha.stopwatch import synchronise, time_runs
 from dkd_trainer.evidence.pair_counter import PairCounter
 
 MIN_LAP = {"cpu": 0.2, "cuda": 0.05}  # seconds: shorter runs are timed several at once
@@ -71,22 +72,6 @@ class Forecast:
         return None if rate is None else rate * entrant.work
 
 
-def synchronise(device: torch.device) -> None:
-    """Wait for the work queued on a CUDA device; a CPU has none."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def time_runs(entrant: Entrant, device: torch.device, runs: int) -> float:
-    """Seconds a run, mean of `runs` in a row."""
-    synchronise(device)
-    start = time.perf_counter()
-    for _ in range(runs):
-        entrant.run()
-    synchronise(device)
-    return (time.perf_counter() - start) / runs
-
-
 def relate(output: Tensor, reference: Tensor | None) -> float | None:
     """Norm of the difference over the norm of the reference; None where that is no number or there is none."""
     if reference is None or output.shape != reference.shape:
@@ -126,7 +111,7 @@ def choose_runs(entrant: Entrant, record: Record, device: torch.device) -> None:
     seconds = record.warm_up_seconds
     # The first run sets libraries up and compiles: it may take seconds where the next takes milliseconds.
     if device.type == "cuda" or entrant.compiled or seconds < 5 * MIN_LAP["cpu"]:
-        seconds = time_runs(entrant, device, 1)
+        seconds = time_runs(entrant.run, device, 1)
     record.runs_per_lap = max(1, min(MAX_RUNS, math.ceil(MIN_LAP[device.type] / max(seconds, 1e-9))))
     record.seconds.append(seconds)  # until the first counted lap takes its place
 
@@ -135,11 +120,11 @@ def time_lap(entrant: Entrant, record: Record, device: torch.device) -> float:
     """One round's seconds a run; the most memory that one takes on CUDA goes into the record."""
     entrant.prepare()
     if device.type != "cuda":
-        return time_runs(entrant, device, record.runs_per_lap)
+        return time_runs(entrant.run, device, record.runs_per_lap)
     entrant.run()  # untimed: to load a model may empty the allocator's cache, which the next run fills again
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
-    seconds = time_runs(entrant, device, record.runs_per_lap)
+    seconds = time_runs(entrant.run, device, record.runs_per_lap)
     record.run_memory = max(record.run_memory or 0, torch.cuda.max_memory_allocated(device) - before)
     return seconds
 

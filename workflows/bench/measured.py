@@ -49,7 +49,7 @@ def list_layers(document: dict[str, Any]) -> list[list]:
         for name in (name.removeprefix("dha-") for name in speeds if name.startswith("dha-")):
             preset, tokens = presets.get(name), result["tokens"]
             first = preset.stretches[0] if preset else None
-            share = min(first.token_budget, first.max_tokens / tokens) if first else float(name)
+            share = first.find_share(tokens) if first else float(name)
             if f"student-{name}" in speeds:
                 slower = min(speeds[f"dha-{name}"], speeds[f"student-{name}"])
                 rows.append([result["channels"], tokens, share, round(slower, 3)])

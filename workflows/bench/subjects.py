@@ -1,17 +1,19 @@
 """What is timed: one SD-2.1 UNet in ComfyUI's hands, and the patched clones of it that share its weights."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dha.student import START_CONFIG
+
 from .backends import BACKENDS
 from .model import draw_weights, import_from_pack
 
-TRAINED = {"landmarks": 64, "memory": 32, "rank": 8, "local": 16}
+TRAINED = asdict(START_CONFIG)
 STUDENT = "DHA student (32 memory tokens, rank 8, local branch)"
 # The most telling ones first: where time is short, the last ones are left out.
 TITLES = {
@@ -182,6 +184,6 @@ def list_patchers() -> dict[str, Callable]:
         "tome": patch_tome,
         **{f"dha-{name}": partial(patch_dha, preset=name) for name in presets},
         "dha-quality-late": partial(patch_stretch, stretch=presets["quality"].stretches[-1]),
-        **{f"student-{name}": partial(patch_student, preset=name, levels=(0, 1), **TRAINED) for name in presets},
+        **{f"student-{name}": partial(patch_student, preset=name, **TRAINED) for name in presets},
         **{f"official-{share:g}": partial(patch_student, sparsity=share, **everywhere) for share in (0.5, 0.1)},
     }
