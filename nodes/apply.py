@@ -5,7 +5,6 @@ import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from comfy.ldm.modules import attention
 from comfy.patcher_extension import WrappersMP
 from comfy_api.latest import io
 
@@ -15,6 +14,7 @@ from ..dha.planner import Pays, Planner
 from ..dha.presets import NO_CAP, PRESETS, Preset, Stretch
 from ..dha.sites import read_architecture
 from ..dha.student import FREE_CONFIG, Student
+from .kernel import attend
 from .load import DHA_STUDENT, LoadedStudent
 from .measured import describe_presets, read_measured
 from .payoff import find_payoff, stamp_file
@@ -177,16 +177,6 @@ def set_attributes(patched, attributes: dict[str, int], windowed: bool) -> None:
         )
     for path, value in attributes.items():
         patched.add_object_patch(f"diffusion_model.{path}", value)
-
-
-def attend(q, k, v, options, mask):
-    """Attention over q (B, N, C) and k, v (B, m, C) by the user's own kernel; with a mask (B, 1, 1, m) by PyTorch's.
-
-    Some kernels silently ignore a mask. They are looked up at every call, as ComfyUI does: other packs replace them.
-    """
-    kernel = attention.optimized_attention if mask is None else attention.attention_pytorch
-    passed = {"transformer_options": options} if mask is None else {"mask": mask}
-    return kernel(q, k, v, options["n_heads"], attn_precision=options.get("attn_precision"), **passed)
 
 
 def make_clock(model, start: float, ends: Sequence[float]) -> Callable[[dict], int | None]:

@@ -16,7 +16,7 @@ from ..dha.presets import NO_CAP, PRESETS, Stretch
 from ..dha.sites import SITES, Architecture, Site
 from ..dha.stopwatch import time_runs
 from ..dha.student import FREE_CONFIG, START_CONFIG, Student
-from .apply import attend
+from .kernel import attend
 from .no_room import spare_memory
 
 LEVELS = (0, 1, 2)  # below these there is next to nothing to gain

@@ -105,7 +105,7 @@ def test_every_part_is_planned_for_the_sizes_and_batches_asked_for(part):
         "compile": [("step", 512, 2), ("step", 1216, 2)],
         "pictures": [("picture", 512, 2), ("picture", 1216, 2)],
         "layers": [("layer", side, 2) for _ in range(3) for side in (512, 4096)],
-        "profile": [("profile", 4096, 2)] * 2,
+        "profile": [("profile", side, 2) for side in (512, 4096) for _ in range(2)],
     }
     assert labels == expected[part] and all(task.weight > 0 for task in tasks)
     if part in ("backends", "compile"):

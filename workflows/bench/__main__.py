@@ -23,7 +23,7 @@ from .backends import find_backends
 from .contest import Forecast, describe_error, hold_contest, share_time
 from .model import DTYPES, build_model, load_model
 from .report import Result, Run, describe_machine, write_heading, write_report
-from .schedule import LAYER_SIDES, PARTS, SIZES, Task, plan_tasks
+from .schedule import PARTS, SIZES, Task, plan_tasks
 from .step import Size
 from .subjects import TITLES, build_subjects
 
@@ -61,7 +61,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--by-layer", action="store_true", help="single self-attentions alone, like --parts layers")
     add("--profile", action="store_true", help="where the time of a hybrid layer goes, like --parts profile")
     add("--sizes", type=parse_size, nargs="+", metavar="WxH", help="in pixels (CPU: 512 768 1024; CUDA: up to 2048)")
-    add("--layer-sides", type=int, nargs="+", default=LAYER_SIDES, help="of the pictures of single layers, in pixels")
+    add("--layer-sides", type=int, nargs="+", help="of the pictures of single layers, in pixels (384 to 4096)")
     add("--dtype", choices=DTYPES, help="of weights and computation (CPU: fp32; CUDA: bf16)")
     add("--batch", type=parse_count, nargs="+", help="rows of a UNet call, 2 with guidance (CPU: 1; CUDA: 1 2)")
     add("--steps", type=parse_count, default=20, help="of a whole picture (%(default)s)")

@@ -21,6 +21,7 @@ SIZES = {
     "mini": (Size(512, 256),),  # HyperTile cuts nothing below 512
 }
 LAYER_SIDES = (384, 512, 768, 1024, 1536, 2048, 3072, 4096)
+PROFILE_SIDES = (512, 768, 1024)
 LAYER_LEVELS = (0, 1, 2)
 FEW = ("dha", "student", "ceiling")  # beside the unpatched model, with kernels that need a setup of their own
 COMPILED = ("dha-balanced", "student-balanced", "ceiling")
@@ -114,14 +115,14 @@ def plan_pictures(arguments: argparse.Namespace, subjects: list[Subject]) -> Ite
 
 def plan_layers(arguments: argparse.Namespace, device: torch.device) -> Iterator[Task]:
     for level in LAYER_LEVELS:
-        for side in arguments.layer_sides:
+        for side in arguments.layer_sides or LAYER_SIDES:
             layer = Layer(level, Size(side, side), arguments.batch[-1], arguments.mini)
             enter = partial(enter_layers, layer, device, DTYPES[arguments.dtype])
             yield Task("layer", layer.labels, enter, 0.5 + layer.work(layer.tokens) / 4e12)
 
 
 def plan_profile(arguments: argparse.Namespace, device: torch.device) -> Iterator[Task]:
-    for side in arguments.layer_sides[1:4]:
+    for side in arguments.layer_sides or PROFILE_SIDES:
         for trained in (False, True):
             layer = Layer(0, Size(side, side), arguments.batch[-1], arguments.mini)
             enter = partial(enter_parts, layer, trained, device, DTYPES[arguments.dtype])

@@ -1,0 +1,69 @@
+"""Attention as plain matrix products, on processors where PyTorch's fused kernel is slower than they are.
+
+The logits of a short context fit into a processor's caches: nothing needs to be fused to keep them there, and what
+counts is how fast matrices are multiplied. PyTorch's kernel prepares its blocks of bf16 for AMX alone; with AVX512_BF16
+it multiplies them at a fifth of the pace of a linear layer (one AMD EPYC, PyTorch 2.13).
+"""
+
+import torch
+from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
+
+LOGITS = 1 << 21  # of a slice, for each thread: what a core has room for in its caches
+LEAST_QUERIES = 64  # of a slice: thinner products are slow ones
+LEAST_LOGITS = 1 << 18  # of a picture: to start several products takes longer than to fuse so few
+
+
+def suits_products(q: Tensor, k: Tensor, heads: int) -> bool:
+    """Whether products are the faster attention of q (B, M, C) to k (B, N, C): of bf16, AVX512_BF16 without AMX.
+
+    Not with gradients, which slices have none of, nor where torch.compile is at work.
+    """
+    if q.device.type != "cpu" or q.dtype != torch.bfloat16 or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    if heads * q.shape[1] * k.shape[1] < LEAST_LOGITS or find_room(k.shape[1]) < LEAST_QUERIES:
+        return False
+    return ask_processor("_is_avx512_bf16_supported") and not ask_processor("_is_amx_tile_supported")
+
+
+def ask_processor(name: str) -> bool:
+    """What torch.cpu answers to a question; False where this version of PyTorch does not know it."""
+    return bool(getattr(torch.cpu, name, lambda: False)())
+
+
+def attend_by_products(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+    """softmax(q k' / sqrt(c)) v of q (B, M, C) and k, v (B, N, C) in `heads` heads of c channels; without gradients.
+
+    Logits are rounded to the precision of q, which counts for less the smaller they are. So keys are taken from their
+    mean: that adds the same number to all logits of a query, and changes nothing else.
+    """
+    if has_torch_function((q, k, v)):
+        return handle_torch_function(attend_by_products, (q, k, v), q, k, v, heads)
+    scale, (group, rows) = (q.shape[2] // heads) ** -0.5, choose_slice(heads, q.shape[1], k.shape[1])
+    buffer, out = q.new_empty(group * rows * k.shape[1]), torch.empty_like(q)
+    parts = (split_heads(part, heads, group) for part in (q, k - k.mean(1, keepdim=True), v, out))
+    for queries, keys, values, found in zip(*parts, strict=True):
+        for few, place in zip(queries.split(rows, 1), found.split(rows, 1), strict=True):
+            logits = buffer[: few.shape[0] * few.shape[1] * k.shape[1]].view(*few.shape[:2], -1)
+            logits.baddbmm_(few, keys.mT, beta=0, alpha=scale)
+            torch.bmm(torch.softmax(logits, -1, out=logits), values, out=place)
+    return out
+
+
+def choose_slice(heads: int, queries: int, keys: int) -> tuple[int, int]:
+    """Of how many heads, and how many queries of each, the logits are to be in the caches at once."""
+    room = max(1, find_room(keys))
+    if room >= queries:
+        return min(heads, room // queries), queries
+    slices = -(-queries // room)
+    return 1, -(-queries // slices)
+
+
+def find_room(keys: int) -> int:
+    """How many queries' logits a slice has room for."""
+    return LOGITS * torch.get_num_threads() // keys
+
+
+def split_heads(x: Tensor, heads: int, group: int) -> list[Tensor]:
+    """Views (group or fewer, N, c) of x (B, N, C), in `heads` heads, picture by picture."""
+    return [part for picture in x.unflatten(2, (heads, -1)).transpose(1, 2) for part in picture.split(group)]

@@ -1,0 +1,153 @@
+"""Attention as matrix products: the same attention, in slices that fit a processor's caches, where it is faster."""
+
+import sys
+
+import pytest
+import torch
+
+from dha import matrix_attention
+from dha.matrix_attention import attend_by_products, choose_slice, suits_products
+from dha.patch import plain_attention
+from dkd_trainer.evidence.pair_counter import PairCounter
+
+HEADS, WIDTH = 3, 16
+SHAPES = {"short": (2, 300, 40), "landmarks": (2, 20, 300), "one query": (1, 1, 7), "one key": (1, 9, 1)}
+
+
+def draw(batch: int, queries: int, keys: int, dtype=torch.float32) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(0)
+    sizes = (queries, keys, keys)
+    return tuple(torch.randn(batch, n, HEADS * WIDTH, generator=generator).to(dtype) for n in sizes)
+
+
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    return plain_attention(q, k, v, {"n_heads": HEADS}, None)
+
+
+def measure_error(found: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> float:
+    exact = attend(q.double(), k.double(), v.double())
+    return ((found.double() - exact).norm() / exact.norm()).item()
+
+
+@pytest.mark.parametrize("room", [1, 60, 1000, 1 << 21], ids="{} logits".format)
+@pytest.mark.parametrize("shape", SHAPES)
+@torch.no_grad()
+def test_products_are_attention_in_slices_of_any_size(monkeypatch, shape, room):
+    monkeypatch.setattr(matrix_attention, "LOGITS", room)
+    q, k, v = draw(*SHAPES[shape])
+    torch.testing.assert_close(attend_by_products(q, k, v, HEADS), attend(q, k, v), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_parts_of_larger_tensors_are_read_where_they_lie():
+    q, k, v = (torch.cat([part, part], dim=1)[:, : part.shape[1]] for part in draw(2, 50, 30))
+    assert not q.is_contiguous()
+    torch.testing.assert_close(attend_by_products(q, k, v, HEADS), attend(q, k, v), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("offset", [0, 1, 5], ids="keys lie {} off zero".format)
+@torch.no_grad()
+def test_bf16_errs_little_more_than_pytorch_does(offset):
+    """Logits rounded to bf16: keys far from zero would have large ones, and all their digits there."""
+    q, k, v = draw(2, 300, 200)
+    q, k = q + offset, k + offset
+    low = [part.bfloat16() for part in (q, k, v)]
+    ours, theirs = (measure_error(found, q, k, v) for found in (attend_by_products(*low, HEADS), attend(*low)))
+    assert ours < 2 * theirs < 0.1
+
+
+@pytest.mark.parametrize("queries", [64, 4096, 9216, 147456])
+@pytest.mark.parametrize("keys", [16, 288, 9216])
+def test_a_slice_is_as_large_as_the_caches(monkeypatch, queries, keys):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    heads, rows = choose_slice(5, queries, keys)
+    room = 4 * matrix_attention.LOGITS
+    assert heads * rows * keys <= room and 1 <= heads <= 5 and (heads == 1 or rows == queries)
+    more = (heads + 1) * rows if rows == queries else 2 * rows
+    assert more * keys > room or heads == 5
+
+
+SUITED = {
+    "bf16": True,
+    "fp32": False,
+    "with gradients": False,
+    "few": False,
+    "thin slices": False,
+    "AMX": False,
+    "no bf16": False,
+}
+
+
+@pytest.mark.parametrize("case", SUITED)
+def test_products_are_used_only_where_they_are_faster(monkeypatch, case):
+    known = {"_is_avx512_bf16_supported": case != "no bf16", "_is_amx_tile_supported": case == "AMX"}
+    monkeypatch.setattr(matrix_attention, "ask_processor", known.get)
+    queries, keys = (16, 16) if case == "few" else (64, 1 << 26) if case == "thin slices" else (4096, 256)
+    q, k = (torch.empty(1, 1, HEADS * WIDTH, dtype=torch.bfloat16).expand(1, n, -1) for n in (queries, keys))
+    if case == "fp32":
+        q = q.float()
+    with torch.set_grad_enabled(case == "with gradients"):
+        assert suits_products(q, k, HEADS) is SUITED[case]
+
+
+def test_a_question_that_this_pytorch_does_not_know_is_answered_with_no():
+    assert matrix_attention.ask_processor("_is_quantum_supported") is False
+
+
+@torch.no_grad()
+def test_their_pairs_are_counted_like_those_of_the_fused_kernel():
+    q, k, v = draw(2, 50, 30)
+    with PairCounter() as ours:
+        attend_by_products(q, k, v, HEADS)
+    with PairCounter() as theirs:
+        attend(q, k, v)
+    assert ours.pairs == theirs.pairs == 2 * 50 * 30
+
+
+@pytest.fixture
+def kernel(pack, monkeypatch):
+    """The host's choice of a kernel, where products are always the faster one."""
+    module = sys.modules[f"{pack.__name__}.nodes.kernel"]
+    monkeypatch.setattr(module, "suits_products", lambda q, k, heads: True)
+    return module
+
+
+def count_products(kernel, monkeypatch) -> list:
+    calls, own = [], kernel.attend_by_products
+    monkeypatch.setattr(kernel, "attend_by_products", lambda *args: calls.append(1) or own(*args))
+    return calls
+
+
+@torch.no_grad()
+def test_only_short_contexts_are_products(kernel, monkeypatch):
+    calls, (q, k, v) = count_products(kernel, monkeypatch), draw(1, 50, 30)
+    options = {"n_heads": HEADS}
+    torch.testing.assert_close(kernel.attend(q, k, v, options, None), attend(q, k, v), rtol=1e-4, atol=1e-5)
+    assert len(calls) == 1
+    kernel.attend(q, q, q, options, None)
+    kernel.attend(q, k, v, options, torch.zeros(1, 1, 1, 30))
+    assert len(calls) == 1, "a whole or masked attention became products"
+
+
+@pytest.mark.parametrize("way", ["replaced", "overridden"])
+@torch.no_grad()
+def test_a_kernel_that_another_pack_brings_is_not_passed_over(kernel, monkeypatch, way):
+    from comfy.ldm.modules import attention
+
+    seen, own = [], attention.attention_pytorch
+    calls, (q, k, v) = count_products(kernel, monkeypatch), draw(1, 50, 30)
+    options = {"n_heads": HEADS}
+    if way == "replaced":
+        monkeypatch.setattr(attention, "optimized_attention", lambda *args, **kw: seen.append(1) or own(*args, **kw))
+    else:
+        options["optimized_attention_override"] = lambda func, *args, **kw: seen.append(1) or func(*args, **kw)
+    kernel.attend(q, k, v, options, None)
+    assert seen and not calls
+
+
+def test_pictures_by_products_are_the_same_to_the_eye(studio, kernel, monkeypatch):
+    calls, patched = count_products(kernel, monkeypatch), studio.apply()
+    drawn = studio.draw(patched)
+    assert calls
+    monkeypatch.setattr(kernel, "suits_products", lambda q, k, heads: False)
+    torch.testing.assert_close(drawn, studio.draw(patched), rtol=1e-2, atol=1e-3)
