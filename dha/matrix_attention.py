@@ -11,6 +11,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 LOGITS = 1 << 21  # of a slice, for each thread: what a core has room for in its caches
 LEAST_QUERIES = 64  # of a slice: thinner products are slow ones
+ENOUGH = 256  # keys to say where the middle of all is
 LEAST_LOGITS = 1 << 18  # of a picture: to start several products takes longer than to fuse so few
 
 
@@ -34,27 +35,42 @@ def ask_processor(name: str) -> bool:
 def attend_by_products(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
     """softmax(q k' / sqrt(c)) v of q (B, M, C) and k, v (B, N, C) in `heads` heads of c channels; without gradients.
 
-    Logits are rounded to the precision of q, which counts for less the smaller they are. So keys are taken from their
-    mean: that adds the same number to all logits of a query, and changes nothing else.
+    Logits are rounded to the precision of q, which counts for less the smaller they are. So keys are taken from a mean
+    of theirs: that adds the same number to all logits of a query, and changes nothing else.
     """
     if has_torch_function((q, k, v)):
         return handle_torch_function(attend_by_products, (q, k, v), q, k, v, heads)
     scale, (group, rows) = (q.shape[2] // heads) ** -0.5, choose_slice(heads, q.shape[1], k.shape[1])
     buffer, out = q.new_empty(group * rows * k.shape[1]), torch.empty_like(q)
-    parts = (split_heads(part, heads, group) for part in (q, k - k.mean(1, keepdim=True), v, out))
+    parts = (split_heads(part, heads, group) for part in (q, k - find_middle(k), v, out))
     for queries, keys, values, found in zip(*parts, strict=True):
-        for few, place in zip(queries.split(rows, 1), found.split(rows, 1), strict=True):
-            logits = buffer[: few.shape[0] * few.shape[1] * k.shape[1]].view(*few.shape[:2], -1)
-            logits.baddbmm_(few, keys.mT, beta=0, alpha=scale)
-            torch.bmm(torch.softmax(logits, -1, out=logits), values, out=place)
+        for few, place in zip(queries.split(rows, -2), found.split(rows, -2), strict=True):
+            attend_slice(few, keys, values, scale, buffer, place)
     return out
+
+
+def attend_slice(q: Tensor, k: Tensor, v: Tensor, scale: float, buffer: Tensor, out: Tensor) -> None:
+    """Attention of one head, q (M, c), or of several, (heads, M, c), into `out`, with the logits in a `buffer`.
+
+    One head is multiplied as it lies in memory; of several, PyTorch makes copies, which cost little where they are
+    small enough to be handled together.
+    """
+    logits = buffer[: q.shape[:-1].numel() * k.shape[-2]].view(*q.shape[:-1], -1)
+    add, multiply = (logits.addmm_, torch.mm) if q.dim() == 2 else (logits.baddbmm_, torch.bmm)
+    add(q, k.mT, beta=0, alpha=scale)
+    multiply(torch.softmax(logits, -1, out=logits), v, out=out)
+
+
+def find_middle(k: Tensor) -> Tensor:
+    """The mean (B, 1, C) of keys k (B, N, C), of some of them where they are many."""
+    return k[:, :: max(1, k.shape[1] // ENOUGH)].mean(1, keepdim=True)
 
 
 def choose_slice(heads: int, queries: int, keys: int) -> tuple[int, int]:
     """Of how many heads, and how many queries of each, the logits are to be in the caches at once."""
     room = max(1, find_room(keys))
     if room >= queries:
-        return min(heads, room // queries), queries
+        return max(1, min(heads, LOGITS // (queries * keys))), queries
     slices = -(-queries // room)
     return 1, -(-queries // slices)
 
@@ -65,5 +81,6 @@ def find_room(keys: int) -> int:
 
 
 def split_heads(x: Tensor, heads: int, group: int) -> list[Tensor]:
-    """Views (group or fewer, N, c) of x (B, N, C), in `heads` heads, picture by picture."""
-    return [part for picture in x.unflatten(2, (heads, -1)).transpose(1, 2) for part in picture.split(group)]
+    """Views of x (B, N, C), picture by picture: (N, c) of each of its `heads`, or (group or fewer, N, c)."""
+    pictures = x.unflatten(2, (heads, -1)).transpose(1, 2)
+    return [part for picture in pictures for part in (picture if group == 1 else picture.split(group))]
