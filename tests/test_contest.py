@@ -10,6 +10,7 @@ import torch.nn.functional as F
 pytest.importorskip("aiohttp", reason="the bench drives ComfyUI, whose aiohttp is not installed")
 pytest.importorskip("PIL", reason="the bench draws a chart with Pillow, which is not installed")
 
+from workflows.bench.backends import find_backends
 from workflows.bench.contest import Entrant, Forecast, PairCounter, Record, hold_contest, share_time, time_lap
 from workflows.bench.model import import_from_pack
 from workflows.bench.report import Result, Run, summarise
@@ -110,6 +111,15 @@ def test_every_part_is_planned_for_the_sizes_and_batches_asked_for(part):
     assert labels == expected[part] and all(task.weight > 0 for task in tasks)
     if part in ("backends", "compile"):
         assert all(task.labels["backend"] == ("xformers" if part == "backends" else "sdpa") for task in tasks)
+
+
+@pytest.mark.parametrize("suited", [True, False], ids=["suited", "not suited"])
+def test_matrix_products_are_one_of_the_kernels_where_they_suit(monkeypatch, suited):
+    products = import_from_pack("dha.matrix_attention")
+    monkeypatch.setattr(products, "suits_products", lambda q, k, heads: suited)
+    found, missing = find_backends(CPU, torch.float32)
+    assert ("products" in found) is suited
+    assert suited or "PyTorch's kernel" in missing["products"]
 
 
 def test_subjects_are_chosen_by_name_or_family():

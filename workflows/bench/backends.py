@@ -5,6 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .model import import_from_pack
+
 
 def build_override(attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable:
     """A kernel over (B, N, H, D) as ComfyUI's `optimized_attention_override`; calls with a mask keep its own kernel."""
@@ -35,16 +37,35 @@ def load_flash() -> Callable:
     return build_override(flash_attn_func)
 
 
-BACKENDS = {"xformers": load_xformers, "sage": load_sage, "flash": load_flash}
+def load_products() -> Callable:
+    """The matrix products that short contexts are left to on some processors, here for whole attentions as well."""
+    products = import_from_pack("dha.matrix_attention")
+
+    def override(function, q, k, v, heads, *args, **kwargs):
+        asks_more = kwargs.get("mask") is not None or args or kwargs.get("skip_reshape")
+        if asks_more or not products.suits_products(q, k, heads):
+            return function(q, k, v, heads, *args, **kwargs)
+        return products.attend_by_products(q, k, v, heads)
+
+    return override
 
 
+def refuse(*args, **kwargs) -> Tensor:
+    """In the place of PyTorch's kernel, for one that is to show what it does itself."""
+    raise RuntimeError("leaves attention like SD-2.1's to PyTorch's kernel in this precision, on this device")
+
+
+BACKENDS = {"xformers": load_xformers, "sage": load_sage, "flash": load_flash, "products": load_products}
+
+
+@torch.inference_mode()
 def find_backends(device: torch.device, dtype: torch.dtype) -> tuple[list[str], dict[str, str]]:
     """Kernels that answer on this device in this precision, PyTorch's first, and why the others do not."""
     found, missing = ["sdpa"], {}
     for name, load in BACKENDS.items():
         try:
-            q = torch.randn(1, 64, 128, device=device, dtype=dtype)
-            if load()(None, q, q, q, 2).isfinite().all():
+            q = torch.randn(1, 1024, 128, device=device, dtype=dtype)
+            if load()(refuse, q, q, q, 2).isfinite().all():
                 found.append(name)
             else:
                 missing[name] = "gives numbers that are not finite"
