@@ -11,20 +11,24 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 LOGITS = 1 << 21  # of a slice, for each thread: what a core has room for in its caches
 LEAST_QUERIES = 64  # of a slice: thinner products are slow ones
-ENOUGH = 256  # keys to say where the middle of all is
+ENOUGH = 32  # tokens, evenly spread, to say how long queries and keys are and where the middle of all keys is
+REACH = 64.0  # of logits: bf16 has them to 0.13 there, and to less than a hundredth where most of them are
 LEAST_LOGITS = 1 << 18  # of a picture: to start several products takes longer than to fuse so few
 
 
 def suits_products(q: Tensor, k: Tensor, heads: int) -> bool:
-    """Whether products are the faster attention of q (B, M, C) to k (B, N, C): of bf16, AVX512_BF16 without AMX.
+    """Whether products are the faster attention of q (B, M, C) to k (B, N, C), and logits small enough for bf16.
 
-    Not with gradients, which slices have none of, nor where torch.compile is at work.
+    They are faster in bf16 with AVX512_BF16 and without AMX, not with gradients, of which slices have none, nor where
+    torch.compile is at work.
     """
     if q.device.type != "cpu" or q.dtype != torch.bfloat16 or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
     if heads * q.shape[1] * k.shape[1] < LEAST_LOGITS or find_room(k.shape[1]) < LEAST_QUERIES:
         return False
-    return ask_processor("_is_avx512_bf16_supported") and not ask_processor("_is_amx_tile_supported")
+    if not ask_processor("_is_avx512_bf16_supported") or ask_processor("_is_amx_tile_supported"):
+        return False
+    return find_reach(q, k, heads) <= REACH
 
 
 def ask_processor(name: str) -> bool:
@@ -61,9 +65,24 @@ def attend_slice(q: Tensor, k: Tensor, v: Tensor, scale: float, buffer: Tensor, 
     multiply(torch.softmax(logits, -1, out=logits), v, out=out)
 
 
+def pick_some(x: Tensor) -> Tensor:
+    """Evenly spread tokens of x (B, N, C), all of them where they are few."""
+    return x[:, :: -(-x.shape[1] // ENOUGH)]
+
+
 def find_middle(k: Tensor) -> Tensor:
-    """The mean (B, 1, C) of keys k (B, N, C), of some of them where they are many."""
-    return k[:, :: max(1, k.shape[1] // ENOUGH)].mean(1, keepdim=True)
+    """The mean (B, 1, C) of some keys k (B, N, C)."""
+    return pick_some(k).mean(1, keepdim=True)
+
+
+def find_reach(q: Tensor, k: Tensor, heads: int) -> float:
+    """How large logits of q (B, M, C) and k (B, N, C) can be, by the longest of some: |q| |k| / sqrt(c), keys as taken.
+
+    Most are a small part of that, as few queries point the way of a key.
+    """
+    parts = (part.unflatten(2, (heads, -1)) for part in (pick_some(q), pick_some(k) - find_middle(k)))
+    longest, farthest = (part.float().norm(dim=-1).amax(1) for part in parts)
+    return (longest * farthest).max().item() * (q.shape[2] // heads) ** -0.5
 
 
 def choose_slice(heads: int, queries: int, keys: int) -> tuple[int, int]:

@@ -75,6 +75,7 @@ SUITED = {
     "thin slices": False,
     "AMX": False,
     "no bf16": False,
+    "large logits": False,
 }
 
 
@@ -83,11 +84,25 @@ def test_products_are_used_only_where_they_are_faster(monkeypatch, case):
     known = {"_is_avx512_bf16_supported": case != "no bf16", "_is_amx_tile_supported": case == "AMX"}
     monkeypatch.setattr(matrix_attention, "ask_processor", known.get)
     queries, keys = (16, 16) if case == "few" else (64, 1 << 26) if case == "thin slices" else (4096, 256)
-    q, k = (torch.empty(1, 1, HEADS * WIDTH, dtype=torch.bfloat16).expand(1, n, -1) for n in (queries, keys))
+    q = torch.full((1, 1, HEADS * WIDTH), 30.0, dtype=torch.bfloat16).expand(1, queries, -1)
+    k = torch.full((1, 1, HEADS * WIDTH), 30.0, dtype=torch.bfloat16).expand(1, keys, -1)
     if case == "fp32":
         q = q.float()
+    if case == "large logits":
+        k = torch.randn(1, keys, HEADS * WIDTH).bfloat16()
     with torch.set_grad_enabled(case == "with gradients"):
         assert suits_products(q, k, HEADS) is SUITED[case]
+
+
+@torch.no_grad()
+def test_reach_is_the_largest_logit_there_can_be():
+    """Of keys as they are used, from their middle: far from zero, all together, they reach no farther."""
+    q, k, _ = draw(2, 40, 30)
+    heads = [part.unflatten(2, (HEADS, -1)).transpose(1, 2) for part in (q, k - k.mean(1, keepdim=True))]
+    largest = (heads[0] @ heads[1].mT).abs().max() * WIDTH**-0.5
+    reach = matrix_attention.find_reach(q, k, HEADS)
+    assert largest <= reach < 10 * largest
+    assert matrix_attention.find_reach(q, k + 100, HEADS) == pytest.approx(reach, rel=1e-4)
 
 
 def test_a_question_that_this_pytorch_does_not_know_is_answered_with_no():

@@ -1,13 +1,14 @@
 """Seconds of one UNet step of every subject: all in one process, in turn, round by round."""
 
-import time
 from collections.abc import Sequence
+from functools import partial
 from statistics import median, quantiles
 
 import torch
 from tqdm import tqdm
 
 from dha.presets import mix_steps
+from dha.stopwatch import time_runs
 
 from ..host import Teacher
 from .pair_counter import PairCounter
@@ -15,12 +16,6 @@ from .subject import Running, Subject
 
 LAP = 0.2  # seconds: shorter steps are timed several at once
 MOST_STEPS = 50
-
-
-def wait(device: torch.device) -> None:
-    """Until the work queued on a CUDA device is done; a CPU has none."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 @torch.inference_mode()
@@ -53,12 +48,7 @@ def time_subjects(
         return counter.pairs
 
     def lap(running: Running, steps: int) -> float:
-        wait(teacher.device)
-        start = time.perf_counter()
-        for _ in range(steps):
-            running.predict(latents, t, context)
-        wait(teacher.device)
-        return (time.perf_counter() - start) / steps
+        return time_runs(partial(running.predict, latents, t, context), teacher.device, steps)
 
     pairs = {name: [count(part) for part in parts] for name, parts in runs.items()}
     (first,) = runs[subjects[0].name]
