@@ -5,6 +5,8 @@ from torch import Tensor
 
 from ..dha.matrix_attention import attend_by_products, suits_products
 
+COMFYUI_KERNELS = ("attention_pytorch", "attention_sub_quad", "attention_split")  # for processors
+
 
 def attend(q: Tensor, k: Tensor, v: Tensor, options: dict, mask: Tensor | None) -> Tensor:
     """Attention over q (B, N, C) and k, v (B, m, C) by the user's own kernel; with a mask (B, 1, 1, m) by PyTorch's.
@@ -21,6 +23,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor, options: dict, mask: Tensor | None) 
 
 def multiplies(q: Tensor, k: Tensor, options: dict) -> bool:
     """Whether attention is to be matrix products: they suit it, and no kernel was chosen that is not ComfyUI's own."""
-    own = (attention.attention_pytorch, attention.attention_sub_quad, attention.attention_split)
+    own = [getattr(attention, name, None) for name in COMFYUI_KERNELS]
     chosen = attention.optimized_attention in own and "optimized_attention_override" not in options
     return chosen and suits_products(q, k, options["n_heads"])
