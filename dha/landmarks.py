@@ -10,7 +10,7 @@ with l' their mean and the metric M, the root of the covariance of their keys: w
 queries apart. (The short context's keys change with its grid: a metric of theirs goes with the error, which then does
 not cancel from one grid to the next.) `far` is the square of the longest way from l' to a landmark: were it the mean
 one, a single landmark far out would draw all queries to itself. phi(q) is an attention as well, to keys made of
-landmarks and to values that solve a small system, so that all of it runs on the user's own kernel. Landmarks as in
+landmarks and to values that solve a small system, so that all of it runs on whatever kernel there is. Landmarks as in
 Nystromformer (arXiv 2102.03902), where they stand for all queries.
 
 The error falls with about the -0.6th power of the number of keys and the -0.45th of that of landmarks, each of which

@@ -5,13 +5,17 @@ counts is how fast matrices are multiplied. PyTorch's kernel prepares its blocks
 it multiplies them at a fifth of the pace of a linear layer (one AMD EPYC, PyTorch 2.13).
 """
 
+from functools import cache
+
 import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
+from .landmarks import place_landmarks
+
 LOGITS = 1 << 21  # of a slice, for each thread: what a core has room for in its caches
 LEAST_QUERIES = 64  # of a slice: thinner products are slow ones
-ENOUGH = 32  # tokens, evenly spread, to say how long queries and keys are and where the middle of all keys is
+ENOUGH = 32  # tokens to say how long queries and keys are and where the middle of all keys is
 REACH = 64.0  # of logits: bf16 has them to 0.13 there, and to less than a hundredth where most of them are
 LEAST_LOGITS = 1 << 18  # of a picture: to start several products takes longer than to fuse so few
 
@@ -26,14 +30,14 @@ def suits_products(q: Tensor, k: Tensor, heads: int) -> bool:
         return False
     if heads * q.shape[1] * k.shape[1] < LEAST_LOGITS or find_room(k.shape[1]) < LEAST_QUERIES:
         return False
-    if not ask_processor("_is_avx512_bf16_supported") or ask_processor("_is_amx_tile_supported"):
-        return False
-    return find_reach(q, k, heads) <= REACH
+    return multiplies_bf16() and find_reach(q, k, heads) <= REACH
 
 
-def ask_processor(name: str) -> bool:
-    """What torch.cpu answers to a question; False where this version of PyTorch does not know it."""
-    return bool(getattr(torch.cpu, name, lambda: False)())
+@cache
+def multiplies_bf16() -> bool:
+    """Whether this processor does so by AVX512_BF16 and not by AMX, as far as this version of PyTorch can say."""
+    known: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(known.get("avx512_bf16")) and not known.get("amx_bf16", True)
 
 
 def attend_by_products(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
@@ -66,8 +70,9 @@ def attend_slice(q: Tensor, k: Tensor, v: Tensor, scale: float, buffer: Tensor, 
 
 
 def pick_some(x: Tensor) -> Tensor:
-    """Evenly spread tokens of x (B, N, C), all of them where they are few."""
-    return x[:, :: -(-x.shape[1] // ENOUGH)]
+    """Evenly spread tokens of x (B, N, C), as landmarks are not all of one column; all of them where they are few."""
+    few = x.shape[1] <= ENOUGH
+    return x if few else x.index_select(1, place_landmarks(ENOUGH, x.shape[1] // ENOUGH, ENOUGH, x.device))
 
 
 def find_middle(k: Tensor) -> Tensor:

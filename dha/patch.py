@@ -82,14 +82,17 @@ def make_patches(
     skip: frozenset[tuple[str, int]] = frozenset(),
     pays: Pays | None = None,
     phase_of: Callable[[dict], Tensor | None] = read_phase,
+    attend_short: Callable | None = None,
 ) -> Patches:
     """Callables that run `student` inside a UNet.
 
-    `attend(q, k, v, options, mask)` is the host's attention over (B, N, C), mask (B, 1, 1, m) added to logits or None.
+    `attend(q, k, v, options, mask)` is the host's attention over (B, N, C), mask (B, 1, 1, m) added to logits or None;
+    `attend_short` may be a faster one for short contexts, layers that are left as they are never see it.
     `find_stretch(options)`, asked once per forward, is the number of the stretch that it lies in, None to leave it as
     it is; `levels` are the student's own unless given. `phase_of(options)` moves the grids, see `dha.dither`. Blocks in
     `skip` are left alone, and so is, of mode `hybrid`, a layer where `pays(tokens, channels, keys)` is false.
     """
+    attend_short = attend_short or attend
     chosen = student.config.levels if levels is None else levels
     planners = [Planner(student, stretch, pays) for stretch in stretches]
     sites = {site.block: site for site in student.list_sites() if site.level in chosen and site.block not in skip}
@@ -138,7 +141,7 @@ def make_patches(
         if call is None:
             return attend(q, k, v, options, None)
         # A later patch may have tiled the queries: every tile sees all keys, so that they are one picture's again.
-        [out] = call.mixing.run(attend, q.reshape(len(k), -1, q.shape[-1]), k, v, options)
+        [out] = call.mixing.run(attend_short, q.reshape(len(k), -1, q.shape[-1]), k, v, options)
         out = out.reshape(q.shape)
         if call.mixing.marks is not None:
             release(k, v)

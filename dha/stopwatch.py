@@ -11,7 +11,7 @@ def synchronise(device: torch.device) -> None:
     """Wait until the device has done all that was asked of it; a no-op where work is not queued."""
     wait = getattr(getattr(torch, device.type, None), "synchronize", None)
     if wait is not None:
-        wait()
+        wait(*([] if device.type == "mps" else [device]))
 
 
 def time_runs(run: Callable[[], Any], device: torch.device, count: int) -> float:

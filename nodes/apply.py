@@ -14,7 +14,7 @@ from ..dha.planner import Pays, Planner
 from ..dha.presets import NO_CAP, PRESETS, Preset, Stretch
 from ..dha.sites import read_architecture
 from ..dha.student import FREE_CONFIG, Student
-from .kernel import attend
+from .kernel import attend, attend_short
 from .load import DHA_STUDENT, LoadedStudent
 from .measured import describe_presets, read_measured
 from .payoff import find_payoff, stamp_file
@@ -145,7 +145,8 @@ def apply_student(model, loaded: LoadedStudent | None, levels, spending: Preset,
     is_windowed = [start, *ends] != [0.0, 1.0]
     asked = {"find_stretch": ask_ahead(patched, make_clock(model, start, ends), KEY)} if is_windowed else {}
     pays = find_payoff(model).pays if levels is None else None
-    patches = make_patches(student, attend, spending.stretches, levels, skip=frozenset(taken), pays=pays, **asked)
+    asked |= {"skip": frozenset(taken), "pays": pays, "attend_short": attend_short}
+    patches = make_patches(student, attend, spending.stretches, levels, **asked)
     install(patched, patches)
     if pays is not None and is_hybrid:
         say = say_if_nothing_pays(student, spending.stretches[0], pays)

@@ -16,7 +16,7 @@ from ..dha.presets import NO_CAP, PRESETS, Stretch
 from ..dha.sites import SITES, Architecture, Site
 from ..dha.stopwatch import time_runs
 from ..dha.student import FREE_CONFIG, START_CONFIG, Student
-from .kernel import attend
+from .kernel import attend_short
 from .no_room import spare_memory
 
 LEVELS = (0, 1, 2)  # below these there is next to nothing to gain
@@ -99,7 +99,8 @@ def list_shortened(
             prepared = Planner(student, stretch).prepare(layer.height, layer.width, x, None)
             if prepared is not None:
                 plan, places = prepared
-                runs.append(partial(student.site(layer.site), attention, attend, x, emb, plan, attention.heads, places))
+                site, heads = student.site(layer.site), attention.heads
+                runs.append(partial(site, attention, attend_short, x, emb, plan, heads, places))
         if runs:
             found.append(Shortened(stretch.find_share(layer.tokens), plan.coarse + plan.chosen, runs))
     return found

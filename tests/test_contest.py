@@ -1,6 +1,7 @@
 """The bench shares its time out, goes on where something fails, and plans what was asked for."""
 
 import time
+from argparse import Namespace
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +15,7 @@ from workflows.bench.backends import find_backends
 from workflows.bench.contest import Entrant, Forecast, PairCounter, Record, hold_contest, share_time, time_lap
 from workflows.bench.model import import_from_pack
 from workflows.bench.report import Result, Run, summarise
-from workflows.bench.schedule import PARTS, plan_tasks
+from workflows.bench.schedule import LAYER_SIDES, PARTS, plan_tasks
 from workflows.bench.step import Size
 from workflows.bench.subjects import TITLES, choose_levels, is_wanted
 
@@ -94,8 +95,6 @@ def test_larger_sizes_are_forecast_from_smaller_ones():
 
 @pytest.mark.parametrize("part", PARTS)
 def test_every_part_is_planned_for_the_sizes_and_batches_asked_for(part):
-    from argparse import Namespace
-
     settings = {"sizes": [Size(512, 512), Size(1216, 832)], "batch": [1, 2], "dtype": "bf16", "mini": False}
     arguments = Namespace(**settings, parts=[part], steps=20, layer_sides=(512, 4096), checkpoint=None)
     tasks = plan_tasks(arguments, [], ["sdpa", "xformers"], torch.device("cuda"))
@@ -111,6 +110,15 @@ def test_every_part_is_planned_for_the_sizes_and_batches_asked_for(part):
     assert labels == expected[part] and all(task.weight > 0 for task in tasks)
     if part in ("backends", "compile"):
         assert all(task.labels["backend"] == ("xformers" if part == "backends" else "sdpa") for task in tasks)
+
+
+@pytest.mark.parametrize(
+    ("part", "sides"), {"layers": LAYER_SIDES * 3, "profile": (512, 512, 768, 768, 1024, 1024)}.items()
+)
+def test_single_layers_have_sizes_of_their_own(part, sides):
+    arguments = Namespace(parts=[part], dtype="bf16", batch=[1], mini=False, layer_sides=None)
+    tasks = plan_tasks(arguments, [], [], CPU)
+    assert tuple(task.labels["width"] for task in tasks) == sides
 
 
 @pytest.mark.parametrize("suited", [True, False], ids=["suited", "not suited"])

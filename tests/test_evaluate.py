@@ -118,7 +118,7 @@ def test_a_lower_precision_is_that_of_every_subject(teacher):
 @pytest.fixture
 def clock(monkeypatch):
     """A clock of the stopwatch's that only predictions set forward, by the seconds of a subject's name."""
-    from dkd_trainer.evidence import stopwatch
+    from dha import stopwatch
     from dkd_trainer.evidence.subject import Running
 
     now, seconds, predict = [0.0], {"teacher": 4.0}, Running.predict

@@ -1,13 +1,16 @@
 """Attention as matrix products: the same attention, in slices that fit a processor's caches, where it is faster."""
 
 import sys
+from functools import partial
 
 import pytest
 import torch
 
 from dha import matrix_attention
-from dha.matrix_attention import attend_by_products, choose_slice, suits_products
-from dha.patch import plain_attention
+from dha.matrix_attention import attend_by_products, choose_slice, multiplies_bf16, suits_products
+from dha.patch import make_patches, plain_attention
+from dha.sites import SITES, Architecture
+from dha.student import FREE_CONFIG, Student
 from dkd_trainer.evidence.pair_counter import PairCounter
 
 HEADS, WIDTH = 3, 16
@@ -45,10 +48,12 @@ def test_parts_of_larger_tensors_are_read_where_they_lie():
     torch.testing.assert_close(attend_by_products(q, k, v, HEADS), attend(q, k, v), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("room", [1000, 1 << 21], ids=["head by head", "heads together"])
 @pytest.mark.parametrize("offset", [0, 1, 5], ids="keys lie {} off zero".format)
 @torch.no_grad()
-def test_bf16_errs_little_more_than_pytorch_does(offset):
+def test_bf16_errs_little_more_than_pytorch_does(monkeypatch, offset, room):
     """Logits rounded to bf16: keys far from zero would have large ones, and all their digits there."""
+    monkeypatch.setattr(matrix_attention, "LOGITS", room)
     q, k, v = draw(2, 300, 200)
     q, k = q + offset, k + offset
     low = [part.bfloat16() for part in (q, k, v)]
@@ -67,6 +72,13 @@ def test_a_slice_is_as_large_as_the_caches(monkeypatch, queries, keys):
     assert heads == 5 or (heads + 1) * rows * keys > matrix_attention.LOGITS, "one by one, though they are small"
 
 
+def tell(monkeypatch, **capabilities: bool) -> None:
+    """Make PyTorch say so of the processor."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    multiplies_bf16.cache_clear()
+    monkeypatch.setattr(matrix_attention, "multiplies_bf16", multiplies_bf16.__wrapped__)
+
+
 SUITED = {
     "bf16": True,
     "fp32": False,
@@ -81,8 +93,7 @@ SUITED = {
 
 @pytest.mark.parametrize("case", SUITED)
 def test_products_are_used_only_where_they_are_faster(monkeypatch, case):
-    known = {"_is_avx512_bf16_supported": case != "no bf16", "_is_amx_tile_supported": case == "AMX"}
-    monkeypatch.setattr(matrix_attention, "ask_processor", known.get)
+    tell(monkeypatch, avx512_bf16=case != "no bf16", amx_bf16=case == "AMX")
     queries, keys = (16, 16) if case == "few" else (64, 1 << 26) if case == "thin slices" else (4096, 256)
     q = torch.full((1, 1, HEADS * WIDTH), 30.0, dtype=torch.bfloat16).expand(1, queries, -1)
     k = torch.full((1, 1, HEADS * WIDTH), 30.0, dtype=torch.bfloat16).expand(1, keys, -1)
@@ -105,8 +116,33 @@ def test_reach_is_the_largest_logit_there_can_be():
     assert matrix_attention.find_reach(q, k + 100, HEADS) == pytest.approx(reach, rel=1e-4)
 
 
-def test_a_question_that_this_pytorch_does_not_know_is_answered_with_no():
-    assert matrix_attention.ask_processor("_is_quantum_supported") is False
+@pytest.mark.parametrize("known", [{}, {"avx512_bf16": True}, {"amx_bf16": False}], ids=str)
+def test_of_a_processor_that_pytorch_knows_little_of_nothing_is_assumed(monkeypatch, known):
+    tell(monkeypatch, **known)
+    assert not matrix_attention.multiplies_bf16()
+
+
+@torch.no_grad()
+def test_torch_compile_keeps_the_fused_kernel_and_its_graph_whole(monkeypatch):
+    tell(monkeypatch, avx512_bf16=True, amx_bf16=False)
+    q, k, v = (part.bfloat16() for part in draw(1, 4096, 256))
+    assert suits_products(q, k, HEADS)
+
+    @partial(torch.compile, backend="eager", fullgraph=True)
+    def choose(q, k, v):
+        return attend_by_products(q, k, v, HEADS) if suits_products(q, k, HEADS) else attend(q, k, v)
+
+    assert torch.equal(choose(q, k, v), attend(q, k, v))
+
+
+@pytest.mark.parametrize("side", [32, 64, 96])
+@torch.no_grad()
+def test_reach_is_not_that_of_one_column(side):
+    """Long queries in the middle half of a picture, and none at its borders."""
+    q, k, _ = draw(1, side * side, 50)
+    reach = matrix_attention.find_reach(q, k, HEADS)
+    q.unflatten(1, (side, side))[:, :, side // 4 : -side // 4] *= 100
+    assert matrix_attention.find_reach(q, k, HEADS) > 20 * reach
 
 
 @torch.no_grad()
@@ -134,30 +170,46 @@ def count_products(kernel, monkeypatch) -> list:
 
 
 @torch.no_grad()
-def test_only_short_contexts_are_products(kernel, monkeypatch):
+def test_masks_and_whole_attentions_keep_the_hosts_kernel(kernel, monkeypatch):
     calls, (q, k, v) = count_products(kernel, monkeypatch), draw(1, 50, 30)
     options = {"n_heads": HEADS}
-    torch.testing.assert_close(kernel.attend(q, k, v, options, None), attend(q, k, v), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(kernel.attend_short(q, k, v, options, None), attend(q, k, v), rtol=1e-4, atol=1e-5)
     assert len(calls) == 1
-    kernel.attend(q, q, q, options, None)
-    kernel.attend(q, k, v, options, torch.zeros(1, 1, 1, 30))
-    assert len(calls) == 1, "a whole or masked attention became products"
+    kernel.attend_short(q, k, v, options, torch.zeros(1, 1, 1, 30))
+    kernel.attend(q, k, v, options, None)
+    assert len(calls) == 1
 
 
-@pytest.mark.parametrize("way", ["replaced", "overridden"])
+def test_a_layer_that_is_left_as_it_is_never_sees_the_faster_attention():
+    """Whatever others did to its queries: ToMe merges them, so that there are fewer than keys."""
+    student = Student(FREE_CONFIG, Architecture({site.name: 32 for site in SITES}, 128, 128))
+    patches = make_patches(student, lambda *args: "host", attend_short=lambda *args: pytest.fail("not a short context"))
+    assert patches.replace(*draw(1, 20, 40), {"n_heads": HEADS}) == "host"
+
+
+@pytest.mark.parametrize("way", ["replaced", "replaced in both places", "overridden", "another of ComfyUI's"])
 @torch.no_grad()
-def test_a_kernel_that_another_pack_brings_is_not_passed_over(kernel, monkeypatch, way):
+def test_a_kernel_that_was_chosen_is_not_passed_over(kernel, monkeypatch, way):
     from comfy.ldm.modules import attention
 
     seen, own = [], attention.attention_pytorch
     calls, (q, k, v) = count_products(kernel, monkeypatch), draw(1, 50, 30)
     options = {"n_heads": HEADS}
-    if way == "replaced":
-        monkeypatch.setattr(attention, "optimized_attention", lambda *args, **kw: seen.append(1) or own(*args, **kw))
+
+    def other(*args, **kwargs):
+        seen.append(1)
+        return own(*args, **kwargs)
+
+    if way == "overridden":
+        options["optimized_attention_override"] = lambda func, *args, **kw: other(*args, **kw)
+    elif way == "another of ComfyUI's":
+        monkeypatch.setattr(attention, "optimized_attention", attention.attention_sub_quad)
     else:
-        options["optimized_attention_override"] = lambda func, *args, **kw: seen.append(1) or func(*args, **kw)
-    kernel.attend(q, k, v, options, None)
-    assert seen and not calls
+        monkeypatch.setattr(attention, "optimized_attention", other)
+        if way == "replaced in both places":
+            monkeypatch.setattr(attention, "attention_pytorch", other)
+    kernel.attend_short(q, k, v, options, None)
+    assert not calls and (seen or way == "another of ComfyUI's")
 
 
 def test_pictures_by_products_are_the_same_to_the_eye(studio, kernel, monkeypatch):

@@ -61,7 +61,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--by-layer", action="store_true", help="single self-attentions alone, like --parts layers")
     add("--profile", action="store_true", help="where the time of a hybrid layer goes, like --parts profile")
     add("--sizes", type=parse_size, nargs="+", metavar="WxH", help="in pixels (CPU: 512 768 1024; CUDA: up to 2048)")
-    add("--layer-sides", type=int, nargs="+", help="of the pictures of single layers, in pixels (384 to 4096)")
+    add("--layer-sides", type=int, nargs="+", help="of single layers' pictures (384 to 4096; profile: 512 to 1024)")
     add("--dtype", choices=DTYPES, help="of weights and computation (CPU: fp32; CUDA: bf16)")
     add("--batch", type=parse_count, nargs="+", help="rows of a UNet call, 2 with guidance (CPU: 1; CUDA: 1 2)")
     add("--steps", type=parse_count, default=20, help="of a whole picture (%(default)s)")

@@ -12,11 +12,17 @@ def build_override(attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callab
     """A kernel over (B, N, H, D) as ComfyUI's `optimized_attention_override`; calls with a mask keep its own kernel."""
 
     def override(function, q, k, v, heads, *args, **kwargs):
-        if kwargs.get("mask") is not None or args or kwargs.get("skip_reshape"):
+        if asks_more(args, kwargs):
             return function(q, k, v, heads, *args, **kwargs)
         return attend(*(t.unflatten(-1, (heads, -1)) for t in (q, k, v))).flatten(2)
 
     return override
+
+
+def asks_more(args: tuple, kwargs: dict) -> bool:
+    """Whether a call asks for a mask or another shape, for which it keeps ComfyUI's kernel."""
+    named = [kwargs.get("mask") is not None, kwargs.get("skip_reshape"), kwargs.get("skip_output_reshape")]
+    return bool(args) or any(named)
 
 
 def load_xformers() -> Callable:
@@ -42,8 +48,7 @@ def load_products() -> Callable:
     products = import_from_pack("dha.matrix_attention")
 
     def override(function, q, k, v, heads, *args, **kwargs):
-        asks_more = kwargs.get("mask") is not None or args or kwargs.get("skip_reshape")
-        if asks_more or not products.suits_products(q, k, heads):
+        if asks_more(args, kwargs) or not products.suits_products(q, k, heads):
             return function(q, k, v, heads, *args, **kwargs)
         return products.attend_by_products(q, k, v, heads)
 

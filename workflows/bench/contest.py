@@ -40,9 +40,9 @@ class Entrant(NamedTuple):
 class Record:
     """What came out for an entrant.
 
-    `seconds` a run by round; `pairs` of query and key in PyTorch's attention; `difference` of the output to the first
-    entrant's, relative norm, None where that is no number or has none; `run_memory` in bytes, beyond what lay on the
-    device before: the weights of all entrants may; `error` says why figures are missing.
+    `seconds` a run by round; `pairs` of query and key in PyTorch's attention and ours; `difference` of the output to
+    the first entrant's, relative norm, None where that is no number or has none; `run_memory` in bytes, beyond what lay
+    on the device before: the weights of all entrants may; `error` says why figures are missing.
     """
 
     name: str

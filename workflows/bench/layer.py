@@ -98,8 +98,8 @@ def run_strided(attention: nn.Module, x: Tensor, side: tuple[int, int]) -> Tenso
 
 
 def run_hybrid(attention: nn.Module, site: nn.Module, x: Tensor, emb: Tensor, plan, places) -> Tensor:
-    """As `dha.patch` does it inside of a block, with the user's attention kernel."""
-    return site(attention, import_from_pack("nodes.kernel").attend, x, emb, plan, attention.heads, places)
+    """As `dha.patch` does it inside of a block, with the same attention."""
+    return site(attention, import_from_pack("nodes.kernel").attend_short, x, emb, plan, attention.heads, places)
 
 
 def plan_hybrid(layer: Layer, stretch, config):
@@ -165,7 +165,7 @@ def list_parts(attention: nn.Module, site: nn.Module, x: Tensor, emb: Tensor, pl
     yield "projections of q and out", lambda: attention.to_out(attention.to_q(x))
     yield "projections of k and v", lambda: (attention.to_k(keys), attention.to_v(values))[0]
     q, k, v = attention.to_q(x), attention.to_k(keys), attention.to_v(values)
-    attend, options = import_from_pack("nodes.kernel").attend, {"n_heads": attention.heads}
+    attend, options = import_from_pack("nodes.kernel").attend_short, {"n_heads": attention.heads}
     yield "attention", lambda: mixing.run(attend, q, k, v, options)[0]
     if not plan.landmarks:  # too few tokens for landmarks
         return
