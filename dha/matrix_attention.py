@@ -85,7 +85,8 @@ def find_reach(q: Tensor, k: Tensor, heads: int) -> float:
 
     Most are a small part of that, as few queries point the way of a key.
     """
-    parts = (part.unflatten(2, (heads, -1)) for part in (pick_some(q), pick_some(k) - find_middle(k)))
+    q, k = pick_some(q), pick_some(k)
+    parts = (part.unflatten(2, (heads, -1)) for part in (q, k - find_middle(k)))
     longest, farthest = (part.float().norm(dim=-1).amax(1) for part in parts)
     return (longest * farthest).max().item() * (q.shape[2] // heads) ** -0.5
 

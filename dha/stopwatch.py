@@ -1,5 +1,6 @@
 """Seconds of what a device does, from when it starts to when it is done."""
 
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +12,7 @@ def synchronise(device: torch.device) -> None:
     """Wait until the device has done all that was asked of it; a no-op where work is not queued."""
     wait = getattr(getattr(torch, device.type, None), "synchronize", None)
     if wait is not None:
-        wait(*([] if device.type == "mps" else [device]))
+        wait() if device.type == "mps" else wait(device)
 
 
 def time_runs(run: Callable[[], Any], device: torch.device, count: int) -> float:
@@ -22,3 +23,8 @@ def time_runs(run: Callable[[], Any], device: torch.device, count: int) -> float
         run()
     synchronise(device)
     return (time.perf_counter() - start) / count
+
+
+def fill_lap(seconds: float, lap: float, most: int) -> int:
+    """How many runs of so many `seconds` take a `lap` of seconds or longer: one or more, at most `most`."""
+    return max(1, min(most, math.ceil(lap / max(seconds, 1e-9))))

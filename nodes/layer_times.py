@@ -1,6 +1,5 @@
 """Single self-attentions of the user's model on the user's device, as they are and with a short context, in turn."""
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,7 +13,7 @@ from torch.nn import functional as F
 from ..dha.planner import Planner
 from ..dha.presets import NO_CAP, PRESETS, Stretch
 from ..dha.sites import SITES, Architecture, Site
-from ..dha.stopwatch import time_runs
+from ..dha.stopwatch import fill_lap, time_runs
 from ..dha.student import FREE_CONFIG, START_CONFIG, Student
 from .kernel import attend_short
 from .no_room import spare_memory
@@ -141,5 +140,4 @@ def relate(plain: Sequence[float], other: Sequence[float]) -> float:
 def choose_runs(run: Run, device: torch.device) -> int:
     """How many runs make a lap; the first one, which sets libraries up, is not counted."""
     run()
-    seconds = time_runs(run, device, 1)
-    return max(1, min(MOST_RUNS, math.ceil(LAP.get(device.type, SHORTEST_LAP) / max(seconds, 1e-9))))
+    return fill_lap(time_runs(run, device, 1), LAP.get(device.type, SHORTEST_LAP), MOST_RUNS)

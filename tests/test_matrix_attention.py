@@ -75,7 +75,6 @@ def test_a_slice_is_as_large_as_the_caches(monkeypatch, queries, keys):
 def tell(monkeypatch, **capabilities: bool) -> None:
     """Make PyTorch say so of the processor."""
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
-    multiplies_bf16.cache_clear()
     monkeypatch.setattr(matrix_attention, "multiplies_bf16", multiplies_bf16.__wrapped__)
 
 

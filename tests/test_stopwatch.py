@@ -43,3 +43,8 @@ def test_a_run_is_timed_from_idle_to_idle(monkeypatch):
     monkeypatch.setattr(torch.cpu, "synchronize", finish)
     monkeypatch.setattr(stopwatch.time, "perf_counter", lambda: now[0])
     assert stopwatch.time_runs(run, torch.device("cpu"), 3) == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize(("seconds", "runs"), [(0.03, 4), (0.05, 2), (0.2, 1), (1e-5, 100), (0.0, 100)])
+def test_a_lap_is_as_many_runs_as_fill_it(seconds, runs):
+    assert stopwatch.fill_lap(seconds, 0.1, 100) == runs

@@ -8,11 +8,17 @@ from torch import Tensor
 from .model import import_from_pack
 
 
-def build_override(attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable:
-    """A kernel over (B, N, H, D) as ComfyUI's `optimized_attention_override`; calls with a mask keep its own kernel."""
+def build_override(
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor],
+    suits: Callable[[Tensor, Tensor, int], bool] = lambda _q, _k, _heads: True,
+) -> Callable:
+    """A kernel over (B, N, H, D) as ComfyUI's `optimized_attention_override`; calls with a mask keep its own kernel.
+
+    So do those that it does not suit, by q and k (B, N, C) and the number of heads.
+    """
 
     def override(function, q, k, v, heads, *args, **kwargs):
-        if asks_more(args, kwargs):
+        if asks_more(args, kwargs) or not suits(q, k, heads):
             return function(q, k, v, heads, *args, **kwargs)
         return attend(*(t.unflatten(-1, (heads, -1)) for t in (q, k, v))).flatten(2)
 
@@ -47,12 +53,10 @@ def load_products() -> Callable:
     """The matrix products that short contexts are left to on some processors, here for whole attentions as well."""
     products = import_from_pack("dha.matrix_attention")
 
-    def override(function, q, k, v, heads, *args, **kwargs):
-        if asks_more(args, kwargs) or not products.suits_products(q, k, heads):
-            return function(q, k, v, heads, *args, **kwargs)
-        return products.attend_by_products(q, k, v, heads)
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return products.attend_by_products(*(t.flatten(2) for t in (q, k, v)), q.shape[2])
 
-    return override
+    return build_override(attend, products.suits_products)
 
 
 def refuse(*args, **kwargs) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dha.peak import watch_peak
-from dha.stopwatch import synchronise, time_runs
+from dha.stopwatch import fill_lap, synchronise, time_runs
 from dkd_trainer.evidence.pair_counter import PairCounter
 
 MIN_LAP = {"cpu": 0.2, "cuda": 0.05}  # seconds: shorter runs are timed several at once
@@ -112,7 +112,7 @@ def choose_runs(entrant: Entrant, record: Record, device: torch.device) -> None:
     # The first run sets libraries up and compiles: it may take seconds where the next takes milliseconds.
     if device.type == "cuda" or entrant.compiled or seconds < 5 * MIN_LAP["cpu"]:
         seconds = time_runs(entrant.run, device, 1)
-    record.runs_per_lap = max(1, min(MAX_RUNS, math.ceil(MIN_LAP[device.type] / max(seconds, 1e-9))))
+    record.runs_per_lap = fill_lap(seconds, MIN_LAP[device.type], MAX_RUNS)
     record.seconds.append(seconds)  # until the first counted lap takes its place
 
 
