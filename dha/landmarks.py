@@ -26,6 +26,7 @@ from torch import Tensor
 LANDMARKS = 64  # where nothing else is said
 KEYS_EACH = 4  # more keys than that to a landmark have more landmarks,
 GROWTH = 2.5  # up to so many times as many
+STEP = 32  # of which more landmarks are a multiple: what handles rows and factorises systems likes no odd numbers
 GOLDEN, ONE = 40503, 65536  # the golden section and 1 in 16 bits
 WIDTH = 0.2  # of the kernel, in squares of the way to the farthest landmark
 RIDGE = 0.0003
@@ -37,7 +38,8 @@ def count_landmarks(least: int, keys: int, tokens: int) -> int:
     """How many of a layer's queries are landmarks: `least`, or more beside many keys; 0 in a small layer."""
     if 2 * least > tokens:
         return 0
-    return max(least, min(keys // KEYS_EACH, int(GROWTH * least), tokens // 4))
+    most = min(keys // KEYS_EACH, int(GROWTH * least), tokens // 4)
+    return max(least, most // STEP * STEP)
 
 
 def place_landmarks(height: int, width: int, count: int, device: torch.device | None = None) -> Tensor:

@@ -8,15 +8,17 @@ it multiplies them at a fifth of the pace of a linear layer (one AMD EPYC, PyTor
 from functools import cache
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function
 
 from .landmarks import place_landmarks
 
-LOGITS = 1 << 21  # of a slice, for each thread: what a core has room for in its caches
+LOGITS = 3 << 20  # of a slice, for each thread: larger ones outgrow the caches, smaller ones are many calls
 LEAST_QUERIES = 64  # of a slice: thinner products are slow ones
 ENOUGH = 32  # tokens to say how long queries and keys are and where the middle of all keys is
 REACH = 64.0  # of logits: bf16 has them to 0.13 there, and to less than a hundredth where most of them are
+LANES = 32  # numbers of bf16 that AVX512 takes at a time; rows that end between take softmax up to twice as long
+FEW = 8  # times as many keys as empty ones: then these cost less than they spare
 LEAST_LOGITS = 1 << 18  # of a picture: to start several products takes longer than to fuse so few
 
 
@@ -48,24 +50,29 @@ def attend_by_products(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
     """
     if has_torch_function((q, k, v)):
         return handle_torch_function(attend_by_products, (q, k, v), q, k, v, heads)
-    scale, (group, rows) = (q.shape[2] // heads) ** -0.5, choose_slice(heads, q.shape[1], k.shape[1])
-    buffer, out = q.new_empty(group * rows * k.shape[1]), torch.empty_like(q)
-    parts = (split_heads(part, heads, group) for part in (q, k - find_middle(k), v, out))
-    for queries, keys, values, found in zip(*parts, strict=True):
+    empty, scale = count_empty(k.shape[1]), (q.shape[2] // heads) ** -0.5
+    out, k = torch.empty_like(q), centre_keys(k, heads, empty)
+    v = nn.functional.pad(v, (0, 0, 0, empty)) if empty else v
+    group, rows = choose_slice(heads, q.shape[1], v.shape[1])
+    buffer = q.new_empty(group * rows * v.shape[1])
+    laid = (view_heads(q, heads), k, view_heads(v, heads), view_heads(out, heads))
+    for queries, keys, values, found in zip(*(split_heads(part, group) for part in laid), strict=True):
         for few, place in zip(queries.split(rows, -2), found.split(rows, -2), strict=True):
-            attend_slice(few, keys, values, scale, buffer, place)
+            attend_slice(few, keys, values, scale, empty, buffer, place)
     return out
 
 
-def attend_slice(q: Tensor, k: Tensor, v: Tensor, scale: float, buffer: Tensor, out: Tensor) -> None:
+def attend_slice(q: Tensor, k: Tensor, v: Tensor, scale: float, empty: int, buffer: Tensor, out: Tensor) -> None:
     """Attention of one head, q (M, c), or of several, (heads, M, c), into `out`, with the logits in a `buffer`.
 
-    One head is multiplied as it lies in memory; of several, PyTorch makes copies, which cost little where they are
-    small enough to be handled together.
+    The last `empty` keys are none. One head is multiplied as it lies in memory; of several, PyTorch makes copies, which
+    cost little where they are small enough to be handled together.
     """
     logits = buffer[: q.shape[:-1].numel() * k.shape[-2]].view(*q.shape[:-1], -1)
     add, multiply = (logits.addmm_, torch.mm) if q.dim() == 2 else (logits.baddbmm_, torch.bmm)
     add(q, k.mT, beta=0, alpha=scale)
+    if empty:
+        logits[..., -empty:] = -torch.inf
     multiply(torch.softmax(logits, -1, out=logits), v, out=out)
 
 
@@ -100,12 +107,34 @@ def choose_slice(heads: int, queries: int, keys: int) -> tuple[int, int]:
     return 1, -(-queries // slices)
 
 
+def count_empty(keys: int) -> int:
+    """How many keys to add that count for nothing, so that softmax is faster; none where products take as much more."""
+    empty = -keys % LANES
+    return empty if LANES * LANES > keys > FEW * empty else 0
+
+
 def find_room(keys: int) -> int:
     """How many queries' logits a slice has room for."""
     return LOGITS * torch.get_num_threads() // keys
 
 
-def split_heads(x: Tensor, heads: int, group: int) -> list[Tensor]:
-    """Views of x (B, N, C), picture by picture: (N, c) of each of its `heads`, or (group or fewer, N, c)."""
-    pictures = x.unflatten(2, (heads, -1)).transpose(1, 2)
-    return [part for picture in pictures for part in (picture if group == 1 else picture.split(group))]
+def view_heads(x: Tensor, heads: int) -> Tensor:
+    """x (B, N, C) as (B, heads, N, c), nothing copied."""
+    return x.unflatten(2, (heads, -1)).transpose(1, 2)
+
+
+def centre_keys(k: Tensor, heads: int, empty: int) -> Tensor:
+    """Keys k (B, N, C) from their middle, with `empty` zeros behind them, (B, heads, N + empty, c).
+
+    As they are written anew they are laid head by head: products of several heads would make such copies.
+    """
+    parts = view_heads(k, heads)
+    laid = k.new_empty(*parts.shape[:2], k.shape[1] + empty, parts.shape[3])
+    torch.sub(parts, view_heads(find_middle(k), heads), out=laid[:, :, : k.shape[1]])
+    laid[:, :, k.shape[1] :] = 0
+    return laid
+
+
+def split_heads(x: Tensor, group: int) -> list[Tensor]:
+    """Views of x (B, heads, N, c), picture by picture: (N, c) of each of its heads, or (group or fewer, N, c)."""
+    return [part for picture in x for part in (picture if group == 1 else picture.split(group))]

@@ -154,7 +154,16 @@ def test_there_are_none_where_they_would_be_most_of_the_tokens():
 
 @pytest.mark.parametrize(
     "side,keys,count",
-    [(64, 64, 64), (64, 256, 64), (64, 384, 96), (128, 576, 144), (64, 2048, 160), (16, 192, 64)],
+    [
+        (64, 64, 64),
+        (64, 256, 64),
+        (64, 384, 96),
+        (128, 576, 128),
+        (96, 288, 64),
+        (32, 512, 128),
+        (64, 2048, 160),
+        (16, 192, 64),
+    ],
 )
 def test_beside_many_keys_there_are_more_landmarks_up_to_a_limit(side, keys, count):
     plan = plan_context(side, side, keys / side**2, 1.0, 4096, False, landmarks=64)

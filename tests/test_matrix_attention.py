@@ -7,14 +7,20 @@ import pytest
 import torch
 
 from dha import matrix_attention
-from dha.matrix_attention import attend_by_products, choose_slice, multiplies_bf16, suits_products
+from dha.matrix_attention import attend_by_products, choose_slice, count_empty, multiplies_bf16, suits_products
 from dha.patch import make_patches, plain_attention
 from dha.sites import SITES, Architecture
 from dha.student import FREE_CONFIG, Student
 from dkd_trainer.evidence.pair_counter import PairCounter
 
 HEADS, WIDTH = 3, 16
-SHAPES = {"short": (2, 300, 40), "landmarks": (2, 20, 300), "one query": (1, 1, 7), "one key": (1, 9, 1)}
+SHAPES = {
+    "short": (2, 300, 40),
+    "no multiple of 32": (2, 300, 250),
+    "landmarks": (2, 20, 300),
+    "one query": (1, 1, 7),
+    "one key": (1, 9, 1),
+}
 
 
 def draw(batch: int, queries: int, keys: int, dtype=torch.float32) -> tuple[torch.Tensor, ...]:
@@ -39,6 +45,11 @@ def test_products_are_attention_in_slices_of_any_size(monkeypatch, shape, room):
     monkeypatch.setattr(matrix_attention, "LOGITS", room)
     q, k, v = draw(*SHAPES[shape])
     torch.testing.assert_close(attend_by_products(q, k, v, HEADS), attend(q, k, v), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("keys,empty", [(7, 0), (36, 0), (143, 17), (256, 0), (286, 2), (572, 4), (9217, 0)])
+def test_keys_are_filled_up_where_that_costs_little(keys, empty):
+    assert count_empty(keys) == empty
 
 
 @torch.no_grad()
