@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from conftest import read_journal
 
 
@@ -63,3 +64,26 @@ def test_pairs_set_aside_for_validation_are_never_trained_on(prepare, make_setti
     training = prepare(make_settings(watch__validate_every=1, train__batch=8))
     drawn = {pick for step in range(40) for pick in training.sampler.draw(step).picks}
     assert len(drawn) == 7 and len(training.examination.latents) == 1
+
+
+@pytest.mark.parametrize("batch", [1, 3, 4])
+def test_looking_at_a_student_takes_no_more_pictures_at_a_time_than_training_it(
+    teacher, corpus, prepare, make_settings, monkeypatch, batch
+):
+    """Nor does what is found depend on how many they are."""
+    watch = {"watch__validate_every": 1, "watch__sheet_every": 1, "watch__pairs": 4, "watch__pictures": 3}
+    training = prepare(make_settings(train__batch=batch, **watch), held_out=corpus)
+    examination, student, sizes = training.examination, training.average, []
+    predict = type(teacher).predict
+
+    def count(self, latents, *args):
+        sizes.append(len(latents))
+        return predict(self, latents, *args)
+
+    monkeypatch.setattr(type(teacher), "predict", count)
+    errors, sheet = examination.measure_errors(student), examination.draw_sheet(student)
+    assert max(sizes) == max(batch, 2), "a picture is drawn with its prompt and without"
+    examination.batch, examination.drawn = 8, []
+    assert examination.measure_errors(student) == pytest.approx(errors, rel=1e-4)
+    torch.testing.assert_close(examination.draw_sheet(student), sheet, rtol=0, atol=1e-3)
+    assert max(sizes) == 6 and sheet.shape == (3, 3 * 128, 3 * 128)

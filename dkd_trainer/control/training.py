@@ -15,7 +15,7 @@ from ..data.batches import Batch, Corpus
 from ..diffusion import TIME_BANDS, add_noise, training_target
 from ..engine.loop import Training
 from ..engine.processes import Processes
-from ..engine.sheets import Examination
+from ..engine.sheets import Examination, list_parts
 from ..engine.stages import Stage
 from ..host import Teacher
 from ..record import current_command, current_commit, list_versions
@@ -71,7 +71,7 @@ class ControlTraining(Training):
         return TrainedBranch(self.teacher, ControlConfig(self.settings.control.band, self.settings.control.rank))
 
     def make_examination(self, corpus: Corpus, picks: list[int]) -> Examination:
-        return ControlExamination(self.teacher, corpus, picks, self.settings.watch)
+        return ControlExamination(self.teacher, corpus, picks, self.settings.watch, self.processes.size)
 
     def write_results(self) -> None:
         """The averaged weights, and beside them the settings as TOML and the record as JSON."""
@@ -105,25 +105,32 @@ class ControlExamination(Examination):
 
         `band` is the same ratio in the coefficients of the band alone, over all timesteps.
         """
-        generator, device, band = torch.Generator().manual_seed(5), self.teacher.device, student.config.band
-        errors, found = {}, []
-        options = student.as_options(filter_band(self.latents.to(device), band, SHEET_SEED))
+        generator, count = torch.Generator().manual_seed(5), len(self.latents)
+        errors, sums = {}, []
         for low, high in TIME_BANDS:
-            t = torch.randint(low, high, (len(self.latents),), generator=generator)
-            noisy = add_noise(self.latents, self.noise, t)
-            target = training_target(self.latents, self.noise, t, self.teacher.prediction).to(device)
-            moved = [tensor.to(device) for tensor in (noisy, t, self.context)]
-            off = [self.teacher.predict(*moved, o) - target for o in (options, {})]
-            found.append([(o.square().mean().item(), band_error(o, band).item()) for o in off])
-            errors[f"{low}-{high}"] = found[-1][0][0] / found[-1][1][0]
-        (steered, inside), (unsteered, outside) = torch.tensor(found).mean(0).tolist()
+            t = torch.randint(low, high, (count,), generator=generator)
+            parts = [self.weigh(student, part, t[part]) for part in list_parts(count, self.batch)]
+            sums.append(torch.stack(parts).sum(0) / count)
+            errors[f"{low}-{high}"] = (sums[-1][0, 0] / sums[-1][1, 0]).item()
+        (steered, inside), (unsteered, outside) = torch.stack(sums).mean(0).tolist()
         return {**errors, "band": inside / outside, "steered": steered, "unsteered": unsteered}
+
+    def weigh(self, student: TrainedBranch, part: slice, t: Tensor) -> Tensor:
+        """Mean squared errors (steered and not, all and the band's) of a part at timesteps t, times its pictures."""
+        latents, noise, device = self.latents[part], self.noise[part], self.teacher.device
+        target = training_target(latents, noise, t, self.teacher.prediction).to(device)
+        moved = [tensor.to(device) for tensor in (add_noise(latents, noise, t), t, self.context[part])]
+        steered = student.as_options(filter_band(latents.to(device), student.config.band, SHEET_SEED))
+        off = [self.teacher.predict(*moved, options) - target for options in (steered, {})]
+        means = [(o.square().mean(), band_error(o, student.config.band)) for o in off]
+        return len(latents) * torch.stack([torch.stack(pair) for pair in means])
 
     @torch.no_grad()
     def draw_sheet(self, student: TrainedBranch) -> Tensor:
         """Rows of source, what the band keeps of it, unsteered and steered pictures, as one picture (3, H, W)."""
-        sources = self.latents[: self.watch.pictures].to(self.teacher.device)
-        band = filter_band(sources, student.config.band, SHEET_SEED)
-        rows = [self.teacher.decode_latents(latents).cpu() for latents in (sources, band)]
-        rows += [self.draw({}), self.draw(student.as_options(band))]
+        parts, device = self.list_pictures(), self.teacher.device
+        sources = [self.latents[part].to(device) for part in parts]
+        bands = [filter_band(latents, student.config.band, SHEET_SEED) for latents in sources]
+        rows = [torch.cat([self.teacher.decode_latents(some).cpu() for some in row]) for row in (sources, bands)]
+        rows += [self.draw(parts, [{} for _ in parts]), self.draw(parts, [student.as_options(band) for band in bands])]
         return torch.cat([torch.cat(list(row), dim=2) for row in rows], dim=1)

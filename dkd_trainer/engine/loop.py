@@ -104,7 +104,7 @@ class Training:
         return self.make_examination(corpus, picks) if picks and self.processes.is_first else None
 
     def make_examination(self, corpus: Corpus, picks: list[int]) -> Examination:
-        return Examination(self.teacher, corpus, picks, self.settings.watch)
+        return Examination(self.teacher, corpus, picks, self.settings.watch, self.processes.size)
 
     def restore(self) -> int:
         """Take over the last state, if there is one; returns the steps done."""

@@ -1,6 +1,7 @@
 """How a student does while it is trained: errors on pairs it never sees, pictures beside its teacher's."""
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -28,17 +29,21 @@ def set_aside(corpus: Corpus, count: int, seed: int) -> list[int]:
 
 
 class Examination:
-    """Fixed pairs with fixed noise: the same numbers every time a student is looked at."""
+    """Fixed pairs with fixed noise: the same numbers every time a student is looked at.
 
-    def __init__(self, teacher: Teacher, corpus: Corpus, picks: list[int], watch: WatchSettings):
-        self.teacher, self.watch = teacher, watch
+    The models are given at most `batch` pictures at a time, as a step of the training gives them, so that looking at a
+    student takes no more memory than training it.
+    """
+
+    def __init__(self, teacher: Teacher, corpus: Corpus, picks: list[int], watch: WatchSettings, batch: int):
+        self.teacher, self.watch, self.batch = teacher, watch, batch
         self.latents, self.context = corpus.read(picks)
         self.empty = corpus.empty.float()
         self.noise = torch.randn(self.latents.shape, generator=torch.Generator().manual_seed(11))
         self.drawn: list[Tensor] = []
 
-    def list_views(self, student: Student, count: int) -> list[tuple[dict, dict]]:
-        """`transformer_options` of teacher and student for the first `count` pairs, by ways to compare them."""
+    def list_views(self, student: Student, part: slice) -> list[tuple[dict, dict]]:
+        """`transformer_options` of teacher and student for a part of the pairs, by ways to compare them."""
         return [({}, student_options(student))]
 
     @torch.no_grad()
@@ -47,37 +52,53 @@ class Examination:
 
         It is what the errors on two grids have in common: the rest mostly cancels over a sampling.
         """
-        generator, views = torch.Generator().manual_seed(5), self.list_views(student, len(self.latents))
+        generator, count = torch.Generator().manual_seed(5), len(self.latents)
         errors = {}
         for low, high in TIME_BANDS:
-            t = torch.randint(low, high, (len(self.latents),), generator=generator)
-            noisy = add_noise(self.latents, self.noise, t)
-            moved = [tensor.to(self.teacher.device) for tensor in (noisy, t, self.context)]
-            errors[f"{low}-{high}"] = sum(self.compare(moved, *view) for view in views) / len(views)
+            t = torch.randint(low, high, (count,), generator=generator)
+            found = [self.compare(student, part, t) for part in list_parts(count, self.batch)]
+            products, powers = torch.stack(found).sum(0).unbind(1)
+            errors[f"{low}-{high}"] = (products.clamp(min=0) / powers).sqrt().mean().item()
         return {**errors, "mean": sum(errors.values()) / len(TIME_BANDS)}
 
-    def compare(self, inputs: list[Tensor], taught: dict, options: dict) -> float:
-        """`measure_errors` of one set of inputs: noisy latents, timesteps and contexts."""
-        target, levels = self.teacher.predict(*inputs, taught), noise_levels(inputs[1])
-        grids = ({**options, "sigmas": levels * factor} for factor in (1, 2))
-        first, second = (self.teacher.predict(*inputs, grid) - target for grid in grids)
-        return ((first * second).sum().clamp(min=0).sqrt() / target.norm()).item()
+    def compare(self, student: Student, part: slice, t: Tensor) -> Tensor:
+        """Sums (views, 2) over a part: of its errors on two grids multiplied, of its target squared.
+
+        The grids are those of all pairs' timesteps t, so that what is found does not depend on the parts.
+        """
+        noisy = add_noise(self.latents[part], self.noise[part], t[part])
+        inputs = [tensor.to(self.teacher.device) for tensor in (noisy, t[part], self.context[part])]
+        levels, sums = noise_levels(t).to(self.teacher.device), []
+        for taught, options in self.list_views(student, part):
+            target = self.teacher.predict(*inputs, taught)
+            grids = ({**options, "sigmas": levels * factor} for factor in (1, 2))
+            first, second = (self.teacher.predict(*inputs, grid) - target for grid in grids)
+            sums.append(torch.stack([(first * second).sum(), target.square().sum()]))
+        return torch.stack(sums)
 
     def draw_sheet(self, student: Student) -> Tensor:
         """Rows of teacher, student and four times their difference, same prompts and noise, as a picture (3, H, W)."""
-        views = self.list_views(student, self.watch.pictures)
-        self.drawn = self.drawn or [self.draw(teacher) for teacher, _ in views]
+        parts = self.list_pictures()
+        views = list(zip(*(self.list_views(student, part) for part in parts), strict=True))
+        self.drawn = self.drawn or [self.draw(parts, [taught for taught, _ in view]) for view in views]
         rows = []
-        for drawn, (_, options) in zip(self.drawn, views, strict=True):
-            pictures = self.draw(options)
+        for drawn, view in zip(self.drawn, views, strict=True):
+            pictures = self.draw(parts, [options for _, options in view])
             rows += [drawn, pictures, ((pictures - drawn).abs() * GAIN).clamp(max=1)]
         return torch.cat([torch.cat(list(row), dim=2) for row in rows], dim=1)
 
+    def list_pictures(self) -> list[slice]:
+        """The parts of the first prompts, of which a sheet is; each is drawn with its prompts and without."""
+        return list_parts(min(self.watch.pictures, len(self.latents)), max(1, self.batch // 2))
+
+    def draw(self, parts: Sequence[slice], options: Sequence[dict]) -> Tensor:
+        """Pictures (n, 3, H, W) of all parts, each with options of its own."""
+        return torch.cat([self.draw_part(part, own) for part, own in zip(parts, options, strict=True)])
+
     @torch.no_grad()
-    def draw(self, options: dict) -> Tensor:
-        """Pictures (n, 3, H, W) of the first prompts."""
-        count, device = self.watch.pictures, self.teacher.device
-        context = self.context[:count]
+    def draw_part(self, part: slice, options: dict) -> Tensor:
+        """Pictures (n, 3, H, W) of a part of the prompts."""
+        device, context = self.teacher.device, self.context[part]
         both = torch.cat([context, self.empty.expand_as(context)]).to(device)
 
         def predict(x: Tensor, t: Tensor) -> Tensor:
@@ -86,7 +107,12 @@ class Examination:
             prompted, empty = to_noise(prediction, doubled, times, self.teacher.prediction).chunk(2)
             return empty + self.watch.guidance * (prompted - empty)
 
-        return self.teacher.decode_latents(sample_euler(predict, self.noise[:count].to(device), STEPS)).cpu().clone()
+        return self.teacher.decode_latents(sample_euler(predict, self.noise[part].to(device), STEPS)).cpu().clone()
+
+
+def list_parts(count: int, most: int) -> list[slice]:
+    """Parts of `count` things one after the other, of at most so many each."""
+    return [slice(first, min(first + most, count)) for first in range(0, count, most)]
 
 
 def save_picture(path: Path, picture: Tensor) -> None:
