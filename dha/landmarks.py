@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 
 LANDMARKS = 64  # where nothing else is said
-KEYS_EACH = 4  # more keys than that to a landmark have more landmarks,
-GROWTH = 2.5  # up to so many times as many
-STEP = 32  # of which more landmarks are a multiple: what handles rows and factorises systems likes no odd numbers
+KEYS_EACH = 4  # beside many keys there is a landmark to as many of them,
+GROWTH = 2.5  # up to so many times as many as were said
+STEP = 32  # of which their number is then a multiple: softmax likes such rows, MKL is slow with 130 to 148 equations
 GOLDEN, ONE = 40503, 65536  # the golden section and 1 in 16 bits
 WIDTH = 0.2  # of the kernel, in squares of the way to the farthest landmark
 RIDGE = 0.0003
@@ -35,7 +35,10 @@ ROOT = (0.0579, 3.4725, -10.8032, 20.7422, -19.0489, 6.5848)
 
 
 def count_landmarks(least: int, keys: int, tokens: int) -> int:
-    """How many of a layer's queries are landmarks: `least`, or more beside many keys; 0 in a small layer."""
+    """How many of a layer's queries are landmarks: `least`, or a multiple of STEP above that beside many keys.
+
+    In a small layer there are none.
+    """
     if 2 * least > tokens:
         return 0
     most = min(keys // KEYS_EACH, int(GROWTH * least), tokens // 4)

@@ -18,6 +18,7 @@ LEAST_QUERIES = 64  # of a slice: thinner products are slow ones
 ENOUGH = 32  # tokens to say how long queries and keys are and where the middle of all keys is
 REACH = 64.0  # of logits: bf16 has them to 0.13 there, and to less than a hundredth where most of them are
 LANES = 32  # numbers of bf16 that AVX512 takes at a time; rows that end between take softmax up to twice as long
+MANY = 1024  # keys, from which on the last, cut numbers of a row count for little
 FEW = 8  # times as many keys as empty ones: then these cost less than they spare
 LEAST_LOGITS = 1 << 18  # of a picture: to start several products takes longer than to fuse so few
 
@@ -65,8 +66,8 @@ def attend_by_products(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
 def attend_slice(q: Tensor, k: Tensor, v: Tensor, scale: float, empty: int, buffer: Tensor, out: Tensor) -> None:
     """Attention of one head, q (M, c), or of several, (heads, M, c), into `out`, with the logits in a `buffer`.
 
-    The last `empty` keys are none. One head is multiplied as it lies in memory; of several, PyTorch makes copies, which
-    cost little where they are small enough to be handled together.
+    The last `empty` keys are none. One head is multiplied as it lies in memory; of several, PyTorch makes copies of
+    queries and values, which cost little where they are small enough to be handled together.
     """
     logits = buffer[: q.shape[:-1].numel() * k.shape[-2]].view(*q.shape[:-1], -1)
     add, multiply = (logits.addmm_, torch.mm) if q.dim() == 2 else (logits.baddbmm_, torch.bmm)
@@ -110,7 +111,7 @@ def choose_slice(heads: int, queries: int, keys: int) -> tuple[int, int]:
 def count_empty(keys: int) -> int:
     """How many keys to add that count for nothing, so that softmax is faster; none where products take as much more."""
     empty = -keys % LANES
-    return empty if LANES * LANES > keys > FEW * empty else 0
+    return empty if MANY > keys > FEW * empty else 0
 
 
 def find_room(keys: int) -> int:

@@ -29,6 +29,6 @@ class Memory(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Tokens (B, M, C) for x (B, N, C)."""
         scale = SHARPNESS * x.shape[-1] ** -0.5
-        logits = scale * (x @ self.questions.to(x).t())
-        gathered = logits.softmax(1).transpose(1, 2) @ x
+        logits = scale * (self.questions.to(x) @ x.mT)  # a question's in a row: softmax is several times as fast so
+        gathered = logits.softmax(-1) @ x
         return torch.addcmul(self.tokens.to(x), gathered, self.gains.to(x))

@@ -80,7 +80,7 @@ class ApplyDHA(io.ComfyNode):
                     "student",
                     optional=True,
                     tooltip="From Load DHA Student. Without it the model is sped up untrained: less exactly with fast "
-                    "and balanced, as exactly with quality.",
+                    "and balanced, nearly as exactly with quality.",
                 ),
                 # Optional: a graph in API format that names a token_budget and no preset gets its budget.
                 io.Combo.Input(

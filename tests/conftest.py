@@ -253,6 +253,16 @@ def prepare(teacher, corpus, kind):
     return build
 
 
+def look_in_parts(examination, student) -> None:
+    """Errors and sheet of a student, as they are found in parts and at once: the same."""
+    errors, sheet = examination.measure_errors(student), examination.draw_sheet(student)
+    assert len(examination.list_pictures()) > 1
+    examination.batch, examination.drawn = 8, []
+    assert len(examination.list_pictures()) == 1
+    assert examination.measure_errors(student) == pytest.approx(errors, rel=1e-3)
+    torch.testing.assert_close(examination.draw_sheet(student), sheet, rtol=0, atol=2e-3)
+
+
 @pytest.fixture(scope="session")
 def net() -> torch.nn.Module:
     """EfficientNet-lite0 with its weights."""

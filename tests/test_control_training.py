@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import relate
+from conftest import look_in_parts, relate
 from control_files import steer
 from safetensors.torch import load_file
 
@@ -208,6 +208,19 @@ def test_a_sheet_shows_source_band_and_both_pictures(make_settings, prepare, cor
     from PIL import Image
 
     assert Image.open(settings.work / "sheets" / "00000001.png").size == (2 * 128, 4 * 128)
+
+
+def test_what_is_seen_of_a_branch_does_not_depend_on_the_parts(make_settings, prepare, corpus):
+    settings = make_settings(train__batch=3, watch__validate_every=1, watch__pairs=4, watch__pictures=3)
+    training = prepare(settings, corpus)
+    branch = training.average
+    torch.manual_seed(0)
+    for name, weight in branch.weights.items():
+        if "zero_convs" in name or "_out_" in name or name.startswith("hint_"):
+            weight.normal_(std=0.3 * weight[0].numel() ** -0.5)
+    errors = training.examination.measure_errors(branch)
+    assert errors["steered"] > 1.01 * errors["unsteered"], "it steers"
+    look_in_parts(training.examination, branch)
 
 
 def test_the_host_draws_what_the_trainer_trained(studio, teacher, corpus, make_settings, prepare):

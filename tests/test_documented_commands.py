@@ -9,7 +9,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ("README.md", "CONTRIBUTING.md", "dkd_trainer/README.md", "workflows/results/ablation.md")
+PAGES = (
+    "README.md",
+    "CONTRIBUTING.md",
+    "dkd_trainer/README.md",
+    "workflows/results/README.md",
+    "workflows/results/ablation.md",
+)
 COMMAND = re.compile(r"python -m dkd_trainer(?:\.mini)? [^`]*?--.*")  # with options
 INLINE = re.compile(r"(?<!`)`([^`]+)`(?!`)")
 PLACEHOLDERS = {"N": "1", "S": "0.5", "FILE": "file.safetensors"}

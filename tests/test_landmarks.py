@@ -170,6 +170,11 @@ def test_beside_many_keys_there_are_more_landmarks_up_to_a_limit(side, keys, cou
     assert plan.landmarks == count_landmarks(64, keys, side**2) == count
 
 
+@pytest.mark.parametrize("least,count", [(8, 8), (12, 12), (16, 32), (48, 96), (64, 160)])
+def test_further_landmarks_are_a_multiple_of_32_whatever_was_said(least, count):
+    assert count_landmarks(least, 2048, 4096) == count
+
+
 def test_the_metric_is_the_root_of_the_keys_covariance():
     generator = torch.Generator().manual_seed(3)
     lengths = torch.linspace(0.5, 2, WIDTH)

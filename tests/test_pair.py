@@ -6,7 +6,7 @@ import signal
 
 import pytest
 import torch
-from conftest import TRAINED, make_student, read_journal, relate
+from conftest import TRAINED, look_in_parts, make_student, read_journal, relate
 
 from dha.checkpoint import load_student
 from dha.control_file import ControlConfig, save_control
@@ -229,6 +229,12 @@ def test_errors_and_sheets_are_of_the_steered_pair(make_settings, prepare, corpu
         relate(torch.tensor(list(steered.values())), torch.tensor(list(examination.measure_errors(student).values())))
         > 1e-3
     )
+
+
+def test_what_is_seen_of_a_pair_does_not_depend_on_the_parts(make_settings, prepare, corpus):
+    settings = make_settings(train__batch=3, watch__validate_every=1, watch__pairs=4, watch__pictures=3)
+    training = prepare(settings, corpus)
+    look_in_parts(training.examination, make_student(training.teacher.architecture, config=TRAINED))
 
 
 def test_a_finished_student_says_which_controls_it_saw_and_names_no_folder(make_settings, prepare, controls):

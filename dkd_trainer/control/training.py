@@ -105,32 +105,30 @@ class ControlExamination(Examination):
 
         `band` is the same ratio in the coefficients of the band alone, over all timesteps.
         """
-        generator, count = torch.Generator().manual_seed(5), len(self.latents)
-        errors, sums = {}, []
-        for low, high in TIME_BANDS:
-            t = torch.randint(low, high, (count,), generator=generator)
-            parts = [self.weigh(student, part, t[part]) for part in list_parts(count, self.batch)]
-            sums.append(torch.stack(parts).sum(0) / count)
-            errors[f"{low}-{high}"] = (sums[-1][0, 0] / sums[-1][1, 0]).item()
-        (steered, inside), (unsteered, outside) = torch.stack(sums).mean(0).tolist()
+        times, count = self.draw_times(), len(self.latents)
+        means = sum(self.sum_errors(student, part, times) for part in list_parts(count, self.batch)) / count
+        found = (means[:, 0, 0] / means[:, 1, 0]).tolist()
+        errors = {f"{low}-{high}": error for (low, high), error in zip(TIME_BANDS, found, strict=True)}
+        (steered, inside), (unsteered, outside) = means.mean(0).tolist()
         return {**errors, "band": inside / outside, "steered": steered, "unsteered": unsteered}
 
-    def weigh(self, student: TrainedBranch, part: slice, t: Tensor) -> Tensor:
-        """Mean squared errors (steered and not, all and the band's) of a part at timesteps t, times its pictures."""
-        latents, noise, device = self.latents[part], self.noise[part], self.teacher.device
-        target = training_target(latents, noise, t, self.teacher.prediction).to(device)
-        moved = [tensor.to(device) for tensor in (add_noise(latents, noise, t), t, self.context[part])]
-        steered = student.as_options(filter_band(latents.to(device), student.config.band, SHEET_SEED))
-        off = [self.teacher.predict(*moved, options) - target for options in (steered, {})]
-        means = [(o.square().mean(), band_error(o, student.config.band)) for o in off]
-        return len(latents) * torch.stack([torch.stack(pair) for pair in means])
+    def sum_errors(self, student: TrainedBranch, part: slice, times: list[Tensor]) -> Tensor:
+        """Sums (bands, 2, 2) over a part's pictures of mean squared errors, steered and not, of all and of the band."""
+        latents, noise, device, name = self.latents[part], self.noise[part], self.teacher.device, student.config.band
+        steered, sums = student.as_options(filter_band(latents.to(device), name, SHEET_SEED)), []
+        for t in (t[part] for t in times):
+            target = training_target(latents, noise, t, self.teacher.prediction).to(device)
+            inputs = [tensor.to(device) for tensor in (add_noise(latents, noise, t), t, self.context[part])]
+            off = [self.teacher.predict(*inputs, options) - target for options in (steered, {})]
+            sums += [len(latents) * torch.stack([o.square().mean(), band_error(o, name)]) for o in off]
+        return torch.stack(sums).view(len(times), 2, 2)
 
     @torch.no_grad()
     def draw_sheet(self, student: TrainedBranch) -> Tensor:
         """Rows of source, what the band keeps of it, unsteered and steered pictures, as one picture (3, H, W)."""
-        parts, device = self.list_pictures(), self.teacher.device
-        sources = [self.latents[part].to(device) for part in parts]
-        bands = [filter_band(latents, student.config.band, SHEET_SEED) for latents in sources]
-        rows = [torch.cat([self.teacher.decode_latents(some).cpu() for some in row]) for row in (sources, bands)]
-        rows += [self.draw(parts, [{} for _ in parts]), self.draw(parts, [student.as_options(band) for band in bands])]
+        parts = self.list_pictures()
+        sources = self.latents[: parts[-1].stop].to(self.teacher.device)
+        band = filter_band(sources, student.config.band, SHEET_SEED)
+        rows = [self.teacher.decode_latents(latents).cpu() for latents in (sources, band)]
+        rows += [self.draw(parts, [{} for _ in parts]), self.draw(parts, [student.as_options(band[p]) for p in parts])]
         return torch.cat([torch.cat(list(row), dim=2) for row in rows], dim=1)

@@ -47,7 +47,8 @@ def rehearse(
             left += pace.seconds * stage.settings.steps
             terms = ", ".join(f"{name} {value:.4f}" for name, value in training.losses.items())
             lines.append(f"{stage.name}: {stage.settings.steps} steps, {pace.describe(settings, encoding)}; {terms}")
-        lines.append(f"peak memory: {measure_memory(teacher.device):.2f} GB in steps; sheets decode pictures besides")
+        counted = "in steps" if teacher.device.type == "cuda" else "of the process, loading and encoding included"
+        lines.append(f"peak memory: {measure_memory(teacher.device):.2f} GB {counted}; sheets not counted")
         lines.append(f"time to finish: {left / 60:.1f} minutes")
     if processes.is_first:
         print("\n".join(lines))

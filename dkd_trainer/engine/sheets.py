@@ -31,8 +31,7 @@ def set_aside(corpus: Corpus, count: int, seed: int) -> list[int]:
 class Examination:
     """Fixed pairs with fixed noise: the same numbers every time a student is looked at.
 
-    The models are given at most `batch` pictures at a time, as a step of the training gives them, so that looking at a
-    student takes no more memory than training it.
+    The UNet is given at most `batch` pictures at a time, two at least, as a step of the training gives it.
     """
 
     def __init__(self, teacher: Teacher, corpus: Corpus, picks: list[int], watch: WatchSettings, batch: int):
@@ -52,29 +51,34 @@ class Examination:
 
         It is what the errors on two grids have in common: the rest mostly cancels over a sampling.
         """
-        generator, count = torch.Generator().manual_seed(5), len(self.latents)
-        errors = {}
-        for low, high in TIME_BANDS:
-            t = torch.randint(low, high, (count,), generator=generator)
-            found = [self.compare(student, part, t) for part in list_parts(count, self.batch)]
-            products, powers = torch.stack(found).sum(0).unbind(1)
-            errors[f"{low}-{high}"] = (products.clamp(min=0) / powers).sqrt().mean().item()
-        return {**errors, "mean": sum(errors.values()) / len(TIME_BANDS)}
+        times = self.draw_times()
+        sums = sum(self.compare(student, part, times) for part in list_parts(len(self.latents), self.batch))
+        products, powers = sums.unbind(-1)
+        means = (products.clamp(min=0) / powers).sqrt().mean(1).tolist()
+        errors = {f"{low}-{high}": error for (low, high), error in zip(TIME_BANDS, means, strict=True)}
+        return {**errors, "mean": sum(means) / len(means)}
 
-    def compare(self, student: Student, part: slice, t: Tensor) -> Tensor:
-        """Sums (views, 2) over a part: of its errors on two grids multiplied, of its target squared.
+    def draw_times(self) -> list[Tensor]:
+        """Timesteps (n,) of all pairs for each band, the same every time."""
+        generator, shape = torch.Generator().manual_seed(5), (len(self.latents),)
+        return [torch.randint(low, high, shape, generator=generator) for low, high in TIME_BANDS]
 
-        The grids are those of all pairs' timesteps t, so that what is found does not depend on the parts.
+    def compare(self, student: Student, part: slice, times: list[Tensor]) -> Tensor:
+        """Sums (bands, views, 2) over a part: of the errors on two grids multiplied, and of the target squared.
+
+        The grids are those of all pairs' timesteps, so that what is found does not depend on the parts.
         """
-        noisy = add_noise(self.latents[part], self.noise[part], t[part])
-        inputs = [tensor.to(self.teacher.device) for tensor in (noisy, t[part], self.context[part])]
-        levels, sums = noise_levels(t).to(self.teacher.device), []
-        for taught, options in self.list_views(student, part):
-            target = self.teacher.predict(*inputs, taught)
-            grids = ({**options, "sigmas": levels * factor} for factor in (1, 2))
-            first, second = (self.teacher.predict(*inputs, grid) - target for grid in grids)
-            sums.append(torch.stack([(first * second).sum(), target.square().sum()]))
-        return torch.stack(sums)
+        device, views, sums = self.teacher.device, self.list_views(student, part), []
+        for t in times:
+            noisy = add_noise(self.latents[part], self.noise[part], t[part])
+            inputs = [tensor.to(device) for tensor in (noisy, t[part], self.context[part])]
+            levels = noise_levels(t).to(device)
+            for taught, options in views:
+                target = self.teacher.predict(*inputs, taught)
+                grids = ({**options, "sigmas": levels * factor} for factor in (1, 2))
+                first, second = (self.teacher.predict(*inputs, grid) - target for grid in grids)
+                sums.append(torch.stack([(first * second).sum(), target.square().sum()]))
+        return torch.stack(sums).unflatten(0, (len(times), -1))
 
     def draw_sheet(self, student: Student) -> Tensor:
         """Rows of teacher, student and four times their difference, same prompts and noise, as a picture (3, H, W)."""
@@ -92,12 +96,13 @@ class Examination:
         return list_parts(min(self.watch.pictures, len(self.latents)), max(1, self.batch // 2))
 
     def draw(self, parts: Sequence[slice], options: Sequence[dict]) -> Tensor:
-        """Pictures (n, 3, H, W) of all parts, each with options of its own."""
-        return torch.cat([self.draw_part(part, own) for part, own in zip(parts, options, strict=True)])
+        """Pictures (n, 3, H, W) of all parts, each with options of its own; decoded together, as the VAE finds room."""
+        latents = [self.draw_part(part, own) for part, own in zip(parts, options, strict=True)]
+        return self.teacher.decode_latents(torch.cat(latents)).cpu().clone()
 
     @torch.no_grad()
     def draw_part(self, part: slice, options: dict) -> Tensor:
-        """Pictures (n, 3, H, W) of a part of the prompts."""
+        """Latents (n, 4, h, w) of a part of the prompts, drawn."""
         device, context = self.teacher.device, self.context[part]
         both = torch.cat([context, self.empty.expand_as(context)]).to(device)
 
@@ -107,7 +112,7 @@ class Examination:
             prompted, empty = to_noise(prediction, doubled, times, self.teacher.prediction).chunk(2)
             return empty + self.watch.guidance * (prompted - empty)
 
-        return self.teacher.decode_latents(sample_euler(predict, self.noise[part].to(device), STEPS)).cpu().clone()
+        return sample_euler(predict, self.noise[part].to(device), STEPS)
 
 
 def list_parts(count: int, most: int) -> list[slice]:
