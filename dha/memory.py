@@ -29,6 +29,7 @@ class Memory(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Tokens (B, M, C) for x (B, N, C)."""
         scale = SHARPNESS * x.shape[-1] ** -0.5
-        logits = scale * (self.questions.to(x) @ x.mT)  # a question's in a row: softmax is several times as fast so
+        # A question's logits in a row: softmax is several times as fast so. As `bmm`: `@` would transpose what it made.
+        logits = scale * torch.bmm(self.questions.to(x).expand(len(x), -1, -1), x.mT)
         gathered = logits.softmax(-1) @ x
         return torch.addcmul(self.tokens.to(x), gathered, self.gains.to(x))
