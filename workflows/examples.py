@@ -65,7 +65,7 @@ in by *Load DHA Student*."""
     graph = draw_with_student(CHECKPOINT, TREES, preset="balanced")
     graph["5"] = node("ModelComputeDtype", model=["1", 0], dtype="bf16")
     graph["6"]["inputs"]["model"] = ["5", 0]
-    columns = [["1"], ["2", "3"], ["5", "6", "4"], ["7"], ["8", "9"]]
+    columns = [*START, ["7"], ["8", "9"]]
     return Example(dict(sorted(graph.items())), columns, note, [("9", "images")], {}, frozenset({"5"}), closing)
 
 
