@@ -23,6 +23,15 @@ def draw_weights(unet, rank: int, seed: int = 0) -> dict[str, torch.Tensor]:
     return weights
 
 
+@torch.no_grad()
+def open_branch(branch, seed: int = 0) -> None:
+    """Make a fresh branch of the trainer's steer visibly, as if what leads out of it were trained."""
+    torch.manual_seed(seed)
+    for name, weight in branch.weights.items():
+        if "zero_convs" in name or "_out_" in name or name.startswith("hint_"):
+            weight.normal_(std=0.3 * weight[0].numel() ** -0.5)
+
+
 def write_control(studio, name: str, band: str = "low", rank: int = 4, seed: int = 0):
     """A control file for the studio's teacher in ComfyUI's models/dha_control."""
     unet = studio.model.model.diffusion_model

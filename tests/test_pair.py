@@ -7,6 +7,7 @@ import signal
 import pytest
 import torch
 from conftest import TRAINED, look_in_parts, make_student, read_journal, relate
+from control_files import open_branch
 
 from dha.checkpoint import load_student
 from dha.control_file import ControlConfig, save_control
@@ -40,11 +41,10 @@ def write_control(teacher, folder, band: str, seed: int = 0) -> str:
 
     torch.manual_seed(seed)
     branch = TrainedBranch(teacher, ControlConfig(band, 4))
+    open_branch(branch, seed)
     with torch.no_grad():
         for name, weight in branch.weights.items():
-            if "zero_convs" in name or "_out_" in name or name.startswith("hint_"):
-                weight.normal_(std=0.3 * weight[0].numel() ** -0.5)
-            elif name.endswith("/up"):
+            if name.endswith("/up"):
                 weight.normal_(std=0.02)
     path = folder / f"{band}-{seed}.safetensors"
     save_control(path, branch.to_file(teacher, {}))

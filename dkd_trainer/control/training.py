@@ -12,10 +12,10 @@ from dha.frequency import band_mask, dct2, filter_band
 from dha.whole_file import write_whole
 
 from ..data.batches import Batch, Corpus
-from ..diffusion import TIME_BANDS, add_noise, training_target
+from ..diffusion import training_target
 from ..engine.loop import Training
 from ..engine.processes import Processes
-from ..engine.sheets import Examination, list_parts
+from ..engine.sheets import Examination, name_bands
 from ..engine.stages import Stage
 from ..host import Teacher
 from ..record import current_command, current_commit, list_versions
@@ -105,20 +105,18 @@ class ControlExamination(Examination):
 
         `band` is the same ratio in the coefficients of the band alone, over all timesteps.
         """
-        times, count = self.draw_times(), len(self.latents)
-        means = sum(self.sum_errors(student, part, times) for part in list_parts(count, self.batch)) / count
-        found = (means[:, 0, 0] / means[:, 1, 0]).tolist()
-        errors = {f"{low}-{high}": error for (low, high), error in zip(TIME_BANDS, found, strict=True)}
+        means = self.sum_parts(student) / len(self.latents)
         (steered, inside), (unsteered, outside) = means.mean(0).tolist()
+        errors = name_bands(means[:, 0, 0] / means[:, 1, 0])
         return {**errors, "band": inside / outside, "steered": steered, "unsteered": unsteered}
 
-    def sum_errors(self, student: TrainedBranch, part: slice, times: list[Tensor]) -> Tensor:
+    def compare(self, student: TrainedBranch, part: slice, times: list[Tensor]) -> Tensor:
         """Sums (bands, 2, 2) over a part's pictures of mean squared errors, steered and not, of all and of the band."""
-        latents, noise, device, name = self.latents[part], self.noise[part], self.teacher.device, student.config.band
+        latents, device, name = self.latents[part], self.teacher.device, student.config.band
         steered, sums = student.as_options(filter_band(latents.to(device), name, SHEET_SEED)), []
-        for t in (t[part] for t in times):
-            target = training_target(latents, noise, t, self.teacher.prediction).to(device)
-            inputs = [tensor.to(device) for tensor in (add_noise(latents, noise, t), t, self.context[part])]
+        for t in times:
+            target = training_target(latents, self.noise[part], t[part], self.teacher.prediction).to(device)
+            inputs = self.add_noise(part, t)
             off = [self.teacher.predict(*inputs, options) - target for options in (steered, {})]
             sums += [len(latents) * torch.stack([o.square().mean(), band_error(o, name)]) for o in off]
         return torch.stack(sums).view(len(times), 2, 2)

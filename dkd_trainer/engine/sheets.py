@@ -51,34 +51,35 @@ class Examination:
 
         It is what the errors on two grids have in common: the rest mostly cancels over a sampling.
         """
-        times = self.draw_times()
-        sums = sum(self.compare(student, part, times) for part in list_parts(len(self.latents), self.batch))
-        products, powers = sums.unbind(-1)
-        means = (products.clamp(min=0) / powers).sqrt().mean(1).tolist()
-        errors = {f"{low}-{high}": error for (low, high), error in zip(TIME_BANDS, means, strict=True)}
-        return {**errors, "mean": sum(means) / len(means)}
+        products, powers = self.sum_parts(student).unbind(-1)
+        errors = name_bands((products.clamp(min=0) / powers).sqrt().mean(1))
+        return {**errors, "mean": sum(errors.values()) / len(errors)}
 
-    def draw_times(self) -> list[Tensor]:
-        """Timesteps (n,) of all pairs for each band, the same every time."""
+    def sum_parts(self, student: Student) -> Tensor:
+        """`compare` of all parts, added up; the timesteps are the same every time."""
         generator, shape = torch.Generator().manual_seed(5), (len(self.latents),)
-        return [torch.randint(low, high, shape, generator=generator) for low, high in TIME_BANDS]
+        times = [torch.randint(low, high, shape, generator=generator) for low, high in TIME_BANDS]
+        return sum(self.compare(student, part, times) for part in list_parts(len(self.latents), self.batch))
 
     def compare(self, student: Student, part: slice, times: list[Tensor]) -> Tensor:
         """Sums (bands, views, 2) over a part: of the errors on two grids multiplied, and of the target squared.
 
         The grids are those of all pairs' timesteps, so that what is found does not depend on the parts.
         """
-        device, views, sums = self.teacher.device, self.list_views(student, part), []
+        views, sums = self.list_views(student, part), []
         for t in times:
-            noisy = add_noise(self.latents[part], self.noise[part], t[part])
-            inputs = [tensor.to(device) for tensor in (noisy, t[part], self.context[part])]
-            levels = noise_levels(t).to(device)
+            inputs, levels = self.add_noise(part, t), noise_levels(t).to(self.teacher.device)
             for taught, options in views:
                 target = self.teacher.predict(*inputs, taught)
                 grids = ({**options, "sigmas": levels * factor} for factor in (1, 2))
                 first, second = (self.teacher.predict(*inputs, grid) - target for grid in grids)
                 sums.append(torch.stack([(first * second).sum(), target.square().sum()]))
         return torch.stack(sums).unflatten(0, (len(times), -1))
+
+    def add_noise(self, part: slice, t: Tensor) -> list[Tensor]:
+        """What the UNet is given of a part at all pairs' timesteps t (n,): noisy latents, timesteps and contexts."""
+        noisy = add_noise(self.latents[part], self.noise[part], t[part])
+        return [tensor.to(self.teacher.device) for tensor in (noisy, t[part], self.context[part])]
 
     def draw_sheet(self, student: Student) -> Tensor:
         """Rows of teacher, student and four times their difference, same prompts and noise, as a picture (3, H, W)."""
@@ -113,6 +114,11 @@ class Examination:
             return empty + self.watch.guidance * (prompted - empty)
 
         return sample_euler(predict, self.noise[part].to(device), STEPS)
+
+
+def name_bands(values: Tensor) -> dict[str, float]:
+    """One value (bands,) for each band of timesteps, by the band's name."""
+    return {f"{low}-{high}": value for (low, high), value in zip(TIME_BANDS, values.tolist(), strict=True)}
 
 
 def list_parts(count: int, most: int) -> list[slice]:
